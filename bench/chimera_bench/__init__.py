@@ -1,0 +1,1 @@
+"""Simulator, workloads, baselines, testbed models and reports for Chimera."""

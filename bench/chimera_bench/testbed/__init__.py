@@ -1,0 +1,1 @@
+"""The testbed: small generated tasks, tiny real models trained on them, and the workflows they run."""

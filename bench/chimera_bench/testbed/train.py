@@ -1,0 +1,304 @@
+"""Trains one testbed model from nothing on generated conversations and writes a folder stock vLLM serves.
+
+`python -m chimera_bench.testbed.train --size l --out DIR --minutes 30`
+
+Loss on the assistant's text only; bf16 autocast; Muon on the hidden matrices and AdamW on the rest, which
+learns in about half the tokens of AdamW alone; learning rate warm-up then cosine to zero. The run is seeded;
+`--steps` repeats a run exactly on the same machine, `--minutes` fits one into a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import torch
+import transformers
+from torch.nn import functional
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from chimera_bench.testbed import tokenizer as vocabulary
+from chimera_bench.testbed.arithmetic import drill
+from chimera_bench.testbed.corpus import Conversation, conversations
+
+_CORPUS_FOR_VOCABULARY = 4000  # conversations
+_BUCKET = 512  # conversations sorted by length together, to pad little
+_DRILLS = 128  # rows of bare equations per bucket: four times the sums per token of a conversation
+_DRILL_EQUATIONS = 16
+_IGNORE = -100
+_CONTEXT = 1024
+_WARMUP_SHARE = 0.03
+_SNAPSHOT_MIN = 5.0
+
+
+class Size(msgspec.Struct, frozen=True):
+    """Shape and optimiser settings of one model; `head_dim` must be one vLLM's CPU attention has."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    muon_lr: float
+    adam_lr: float
+    batch_tokens: int
+
+
+SIZES = {
+    "s": Size(64, 2, 2, 2, 192, 0.02, 3e-3, 4096),
+    "m": Size(128, 4, 4, 4, 384, 0.02, 2e-3, 4096),
+    "l": Size(192, 8, 6, 6, 512, 0.015, 1.5e-3, 4096),
+}
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """Right-padded token ids [B, T] and next-token targets [B, T], `_IGNORE` where not learnt."""
+
+    ids: torch.Tensor
+    targets: torch.Tensor
+
+
+def build_model(size: Size, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """A fresh model with tied embeddings."""
+    config = Qwen2Config(
+        vocab_size=math.ceil(len(tokenizer) / 64) * 64,
+        hidden_size=size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        intermediate_size=size.intermediate,
+        max_position_embeddings=_CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """The shared tokenizer: always from the same corpus, so equal for all sizes and seeds."""
+    talks = itertools.islice(conversations(seed=0), _CORPUS_FOR_VOCABULARY)
+    return vocabulary.build(m["content"] for talk in talks for m in talk.messages)
+
+
+def encode(
+    talks: list[Conversation], tokenizer: PreTrainedTokenizerFast
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids and targets of each conversation, as the chat template renders it."""
+    texts = [m["content"] for talk in talks for m in talk.messages]
+    pieces = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    role_id = {
+        "user": tokenizer.convert_tokens_to_ids(vocabulary.USER),
+        "assistant": tokenizer.convert_tokens_to_ids(vocabulary.ASSISTANT),
+    }
+    rows = []
+    for talk in talks:
+        ids: list[int] = []
+        learn: list[bool] = []
+        wanted = iter(talk.learn)
+        for message in talk.messages:
+            piece = [*next(pieces), tokenizer.eos_token_id]
+            ids += [role_id[message["role"]], *piece]
+            mark = message["role"] == "assistant" and next(wanted)
+            learn += [False] + [mark] * len(piece)
+        rows.append((ids, [*_masked(ids, learn)[1:], _IGNORE]))
+    return rows
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, seed: int, batch_tokens: int) -> Iterator[Batch]:
+    """Batches of at most about `batch_tokens` tokens, of conversations of similar length."""
+    source = conversations(seed)
+    rng = random.Random(f"batches:{seed}")
+    while True:
+        rows = encode(list(itertools.islice(source, _BUCKET)), tokenizer)
+        rows += [_drill_row(rng, tokenizer) for _ in range(_DRILLS)]
+        rows.sort(key=lambda row: len(row[0]))
+        groups: list[list[tuple[list[int], list[int]]]] = [[]]
+        for row in rows:
+            if len(row[0]) * (len(groups[-1]) + 1) > batch_tokens:
+                groups.append([])
+            groups[-1].append(row)
+        rng.shuffle(groups)
+        yield from (_pad(group, tokenizer.pad_token_id) for group in groups)
+
+
+def _drill_row(
+    rng: random.Random, tokenizer: PreTrainedTokenizerFast
+) -> tuple[list[int], list[int]]:
+    """Single equations in one row; only what stands behind an equals sign is learnt."""
+    ids = [tokenizer.convert_tokens_to_ids(vocabulary.ASSISTANT)]
+    learn = [False]
+    for left, result in drill(rng, _DRILL_EQUATIONS):
+        for text, mark in ((left, False), (result + "\n", True)):
+            piece = tokenizer.encode(text, add_special_tokens=False)
+            ids += piece
+            learn += [mark] * len(piece)
+    return ids, [*_masked(ids, learn)[1:], _IGNORE]
+
+
+def _masked(ids: list[int], learn: list[bool]) -> list[int]:
+    return [i if mark else _IGNORE for i, mark in zip(ids, learn, strict=True)]
+
+
+def _pad(rows: list[tuple[list[int], list[int]]], pad_id: int) -> Batch:
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.full((len(rows), width), pad_id)
+    targets = torch.full((len(rows), width), _IGNORE)
+    for i, (row, target) in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        targets[i, : len(row)] = torch.tensor(target)
+    return Batch(ids, targets)
+
+
+def loss_of(model: Qwen2ForCausalLM, batch: Batch) -> torch.Tensor:
+    """Mean cross entropy over the learnt tokens. Right padding needs no mask under causal attention."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state  # [B, T, D]
+        learnt = batch.targets != _IGNORE
+        logits = model.lm_head(hidden[learnt])  # [N, V]
+    return functional.cross_entropy(logits.float(), batch.targets[learnt])
+
+
+def optimizers(model: Qwen2ForCausalLM, size: Size) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings, norms and biases."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    known = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in known]
+    return [
+        torch.optim.Muon(matrices, lr=size.muon_lr, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=size.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def learning_rate_share(done: float) -> float:
+    """Share of the peak rate when a share `done` of the run is behind: warm-up, then cosine."""
+    if done < _WARMUP_SHARE:
+        return (done + 1e-3) / (_WARMUP_SHARE + 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * (done - _WARMUP_SHARE) / (1 - _WARMUP_SHARE)))
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What a run was: enough to repeat it and to judge it."""
+
+    size: str
+    seed: int
+    steps: int
+    tokens: int
+    minutes: float
+    threads: int
+    loss: float
+    parameters: int
+    torch_version: str
+    transformers_version: str
+
+
+def train(
+    size_name: str, seed: int, steps: int | None, minutes: float, out: Path
+) -> None:
+    """Train one model for `steps`, or for `minutes` of wall time where steps is None, and save it.
+
+    Also saves every `_SNAPSHOT_MIN` minutes, so that a cut run leaves a usable model.
+    """
+    torch.manual_seed(seed)
+    size = SIZES[size_name]
+    tokenizer = build_tokenizer()
+    model = build_model(size, tokenizer).train()
+    optims = optimizers(model, size)
+    peaks = [optim.param_groups[0]["lr"] for optim in optims]
+    begin, tokens, smooth, step = time.monotonic(), 0, math.nan, 0
+    next_save_min = _SNAPSHOT_MIN
+    for step, batch in enumerate(batches(tokenizer, seed + 1, size.batch_tokens)):
+        passed_min = (time.monotonic() - begin) / 60
+        done = step / steps if steps else passed_min / minutes
+        if done >= 1:
+            break
+        for optim, peak in zip(optims, peaks, strict=True):
+            optim.param_groups[0]["lr"] = peak * learning_rate_share(done)
+        loss = loss_of(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optim in optims:
+            optim.step()
+            optim.zero_grad(set_to_none=True)
+        tokens += batch.ids.numel()
+        smooth = loss.item() if step == 0 else 0.98 * smooth + 0.02 * loss.item()
+        if passed_min >= next_save_min:
+            next_save_min += _SNAPSHOT_MIN
+            save(out, model, tokenizer, _report(size_name, seed, step, tokens, begin, smooth, model))
+        if step % 50 == 0:
+            speed = tokens / (60 * passed_min + 1e-9)
+            print(
+                f"step {step} {100 * done:.1f}% loss {smooth:.4f} {speed:.0f} tok/s",
+                file=sys.stderr,
+                flush=True,
+            )
+    save(out, model, tokenizer, _report(size_name, seed, step, tokens, begin, smooth, model))
+
+
+def _report(
+    size_name: str,
+    seed: int,
+    steps: int,
+    tokens: int,
+    begin: float,
+    loss: float,
+    model: Qwen2ForCausalLM,
+) -> Report:
+    return Report(
+        size=size_name,
+        seed=seed,
+        steps=steps,
+        tokens=tokens,
+        minutes=round((time.monotonic() - begin) / 60, 1),
+        threads=torch.get_num_threads(),
+        loss=round(loss, 5),
+        parameters=sum(p.numel() for p in model.parameters()),
+        torch_version=str(torch.__version__),
+        transformers_version=transformers.__version__,
+    )
+
+
+def save(
+    folder: Path, model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, report: Report
+) -> None:
+    """Write weights (bf16 safetensors), tokenizer, chat template, generation settings and report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = Qwen2ForCausalLM(model.config)
+    copy.load_state_dict(model.state_dict())
+    copy.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    copy.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
+    # The name every release of transformers knows; newer ones write an alias of their own.
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
+    text = json.dumps(msgspec.to_builtins(report), indent=1)
+    (folder / "training.json").write_text(text + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=sorted(SIZES), required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--minutes", type=float, default=20.0, help="wall time, without --steps")
+    parser.add_argument("--steps", type=int, help="optimiser steps; overrides --minutes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    train(args.size, args.seed, args.steps, args.minutes, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+"""Chimera: schedules multi-agent LLM workflows over heterogeneous vLLM engines."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,132 @@
+"""A ZeroMQ socket on an asyncio loop, read from its file descriptor.
+
+`zmq.asyncio` costs about three times as much per message. The descriptor is edge-triggered: it
+becomes readable once, and any send or receive may use up that edge. So after every edge the socket
+is read until it is empty, every send asks for one more look, and a slow timer looks again in case
+all that fails.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Any
+
+import zmq
+
+# Messages taken in one go before other callbacks of the loop get their turn.
+_BATCH = 256
+_SAFETY_S = 0.05
+
+Frames = Sequence[bytes]
+
+
+class Sent(Enum):
+    """What became of a message."""
+
+    OK = 0
+    FULL = 1  # the peer is there and does not read: its queue has reached the high-water mark
+    GONE = 2  # no such peer, or the socket is closed
+
+
+class Channel:
+    """Owns the socket. ``on_frames`` is called with the frames of every message, in order.
+
+    Must be made and used on the thread of the running loop. Errors raised by ``on_frames`` are
+    programming errors and go to the loop's exception handler; reading goes on.
+    """
+
+    def __init__(
+        self, socket: "zmq.Socket[bytes]", on_frames: Callable[[list[bytes]], None]
+    ) -> None:
+        self._socket = socket
+        self._on_frames = on_frames
+        self._loop = asyncio.get_running_loop()
+        self._fd: int = socket.getsockopt(zmq.FD)  # pyright: ignore[reportAttributeAccessIssue]
+        self._scheduled = False
+        self._closed = False
+        self._loop.add_reader(self._fd, self._drain)
+        self._timer = self._loop.call_later(_SAFETY_S, self._look_again)
+        self._schedule()
+
+    def send(self, frames: Frames) -> bool:
+        """Queue a message; False if the peer is unknown or its queue is full. Never blocks."""
+        return self.try_send(frames) is Sent.OK
+
+    def try_send(self, frames: Frames) -> Sent:
+        """Queue a message and say what became of it. Never blocks."""
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            return Sent.FULL
+        except zmq.ZMQError as error:
+            if error.errno in (zmq.EHOSTUNREACH, zmq.ENOTSOCK, zmq.ETERM):
+                return Sent.GONE
+            raise
+        finally:
+            if not self._scheduled:
+                self._schedule()
+        return Sent.OK
+
+    def close(self, linger_ms: int = 0) -> None:
+        """Stop reading and close the socket; what is queued may be sent for ``linger_ms``."""
+        if self._closed:
+            return
+        self._closed = True
+        self._timer.cancel()
+        self._loop.remove_reader(self._fd)
+        self._socket.close(linger=linger_ms)
+
+    def _schedule(self) -> None:
+        if not self._closed:
+            self._scheduled = True
+            self._loop.call_soon(self._drain)
+
+    def _look_again(self) -> None:
+        self._timer = self._loop.call_later(_SAFETY_S, self._look_again)
+        if not self._scheduled:
+            self._drain()
+
+    def _drain(self) -> None:
+        # Marked as scheduled while it runs, so that sends from a handler do not schedule another.
+        self._scheduled = True
+        receive: Callable[[int], list[bytes]] = self._socket.recv_multipart
+        try:
+            for _ in range(_BATCH):
+                if self._closed:
+                    return
+                try:
+                    frames = receive(zmq.NOBLOCK)
+                except zmq.Again:
+                    self._scheduled = False
+                    return
+                self._on_frames(frames)
+        except BaseException:
+            self._schedule()
+            raise
+        self._schedule()
+
+
+def make_socket(
+    context: "zmq.Context[Any]",
+    kind: int,
+    *,
+    hwm: int,
+    max_bytes: int = -1,
+    identity: bytes | None = None,
+) -> "zmq.Socket[bytes]":
+    """A socket with explicit bounds: ``hwm`` messages per peer and way, ``max_bytes`` a frame."""
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.SNDHWM, hwm)
+    socket.setsockopt(zmq.RCVHWM, hwm)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+    if kind == zmq.ROUTER:
+        # Unknown or stuck peers are errors we see, and a peer that comes back takes its name over.
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+    if identity is not None:
+        socket.setsockopt(zmq.IDENTITY, identity)
+    # A peer that comes back is found soon; the cap keeps a dead one cheap.
+    socket.setsockopt(zmq.RECONNECT_IVL, 50)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    return socket

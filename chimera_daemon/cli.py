@@ -1,0 +1,264 @@
+"""The command `chimera`: reads arguments, hands over to the part that does the work."""
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from chimera_daemon import __version__, config, policy
+
+EXIT_USAGE = 2
+EXIT_FAILED = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(
+        level=arguments.log_level.upper(),
+        format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    try:
+        return arguments.run(arguments)
+    except config.ConfigError as error:
+        print(f"chimera: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="chimera",
+        description="Schedules multi-agent LLM workflows over heterogeneous vLLM engines.",
+    )
+    parser.add_argument("--version", action="version", version=f"chimera {__version__}")
+    parser.add_argument(
+        "--log-level",
+        default="info",
+        choices=("debug", "info", "warning", "error"),
+        help="what is written to standard error (default: info)",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_up(commands)
+    _add_daemon(commands)
+    _add_engine(commands)
+    _add_status(commands)
+    _add_demo(commands)
+    _add_bench(commands)
+    return parser
+
+
+# One pair of functions per command: what it takes, what it does.
+
+
+def _add_up(commands: Any) -> None:
+    parser = commands.add_parser(
+        "up",
+        help="start the daemon and the engines of a TOML file (without one: the testbed)",
+        description="Start the daemon and all engines of a TOML file and keep them alive until "
+        "SIGTERM or Ctrl-C, which drain first. Without a file: the testbed of tiny models.",
+    )
+    parser.add_argument("config", nargs="?", type=Path, help="TOML file; see docs/architecture.md")
+    _daemon_options(parser)
+    parser.set_defaults(run=_up, engines=True)
+
+
+def _add_daemon(commands: Any) -> None:
+    parser = commands.add_parser(
+        "daemon",
+        help="start the daemon alone; engines join by themselves (`chimera engine`)",
+        description="Start the daemon alone. Engine hosts that were started elsewhere join it.",
+    )
+    parser.add_argument("config", nargs="?", type=Path, help="TOML file; its engines are ignored")
+    _daemon_options(parser)
+    parser.set_defaults(run=_up, engines=False)
+
+
+def _daemon_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--policy", help=f"one of: {', '.join(policy.NAMES)}")
+    parser.add_argument("--front", help="address for clients, tcp://HOST:PORT or ipc://PATH")
+    parser.add_argument("--back", help="address for engine hosts, likewise")
+    parser.add_argument(
+        "--keep-engines",
+        action="store_true",
+        help="leave the engines running on exit; the next daemon takes them over",
+    )
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    from chimera_daemon.serve import serve
+
+    if arguments.config is not None:
+        chosen = config.load(arguments.config)
+    elif arguments.engines:
+        chosen = _testbed_config()
+    else:
+        chosen = config.Config()
+    given = {
+        name: value
+        for name in ("policy", "front", "back")
+        if (value := getattr(arguments, name)) is not None
+    }
+    if not arguments.engines:
+        given["engines"] = ()
+    chosen = msgspec.structs.replace(chosen, **given)
+    config.check(chosen)
+    return serve(chosen, keep_engines=arguments.keep_engines)
+
+
+def _testbed_config() -> config.Config:
+    testbed = _bench_module("testbed")
+    return config.load(Path(testbed.__file__).with_name("testbed.toml"))
+
+
+def _add_engine(commands: Any) -> None:
+    parser = commands.add_parser(
+        "engine",
+        help="start one engine host that joins a daemon",
+        description="Host one engine: loads the model, warms up, measures itself, joins the daemon "
+        "and stays until SIGTERM. It keeps looking for a daemon that is gone.",
+    )
+    parser.add_argument("--connect", default=config.Config().back, metavar="ADDRESS",
+                        help="the daemon's back address (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--model", help="the model's name as clients see it")
+    parser.add_argument("--path", help="checkpoint folder or Hugging Face id")
+    parser.add_argument("--name", help="unique name of this engine (default: the model's name)")
+    parser.add_argument("--kind", choices=("vllm", "echo"), default="vllm", help="default: vllm")
+    parser.add_argument("--max-inflight", type=int, help="default: what the engine can run at once")
+    parser.add_argument("--cpus", help="cores to stay on, such as 0,1")
+    parser.add_argument("--arg", action="append", default=[], metavar="KEY=VALUE",
+                        help="engine argument, value as JSON")  # fmt: skip
+    parser.add_argument("--orphan-s", type=float, help="end after so many seconds without a daemon")
+    parser.add_argument("--spec", help="all of it as one JSON object, like a table of `engines`")
+    parser.set_defaults(run=_engine)
+
+
+def _engine(arguments: argparse.Namespace) -> int:
+    from chimera_daemon.engines.host import run_host
+
+    return run_host(_engine_config(arguments), arguments.connect, orphan_s=arguments.orphan_s)
+
+
+def _engine_config(arguments: argparse.Namespace) -> config.EngineConfig:
+    if arguments.spec is not None:
+        table = msgspec.json.decode(arguments.spec)
+    elif arguments.model is None:
+        raise config.ConfigError("say which model to serve: --model NAME --path PATH")
+    else:
+        table = {
+            "name": arguments.name or arguments.model,
+            "model": arguments.model,
+            "kind": arguments.kind,
+            "path": arguments.path,
+            "max_inflight": arguments.max_inflight,
+            "cpus": [int(c) for c in arguments.cpus.split(",")] if arguments.cpus else [],
+            "args": dict(_key_value(pair) for pair in arguments.arg),
+        }
+    try:
+        engine = msgspec.convert(table, config.EngineConfig)
+    except msgspec.ValidationError as error:
+        raise config.ConfigError(f"engine: {error}") from error
+    if engine.kind == "vllm" and engine.path is None:
+        raise config.ConfigError("say where the model is: --path FOLDER or --path MODEL_ID")
+    return engine
+
+
+def _key_value(pair: str) -> tuple[str, Any]:
+    key, equals, value = pair.partition("=")
+    if not equals:
+        raise config.ConfigError(f"--arg {pair!r}: write KEY=VALUE")
+    try:
+        return key, msgspec.json.decode(value)
+    except msgspec.DecodeError:
+        return key, value  # a bare word is a string
+
+
+def _add_status(commands: Any) -> None:
+    parser = commands.add_parser(
+        "status",
+        help="show engines, queues, workflows and counters of a running daemon",
+        description="Ask a running daemon for its state.",
+    )
+    parser.add_argument("--address", default=config.Config().front,
+                        help="the daemon's front address (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--watch", type=float, metavar="SECONDS", help="ask again and again")
+    parser.add_argument("--json", action="store_true", help="print the snapshot as JSON")
+    parser.set_defaults(run=_status)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from chimera_daemon.client import ChimeraError, connect_sync
+    from chimera_daemon.status import render
+
+    try:
+        with connect_sync(arguments.address) as client:
+            while True:
+                status = client.status()
+                if arguments.json:
+                    print(msgspec.json.encode(status).decode(), flush=True)
+                else:
+                    clear = "\x1b[2J\x1b[H" if arguments.watch and sys.stdout.isatty() else ""
+                    print(clear + render(status), flush=True)
+                if not arguments.watch:
+                    return 0
+                time.sleep(arguments.watch)
+    except ChimeraError as error:
+        print(f"chimera: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="run real workflows on the testbed under several policies and compare them",
+        description="Start the testbed's engines, run the same seeded workflows under each policy, "
+        "check every answer, print a table and write JSON rows and a plot.",
+    )
+    _bench_command(parser, "demo")
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser("bench", help="measure overhead and speed on this machine")
+    benches = parser.add_subparsers(required=True, metavar="BENCH")
+    for name, module, text in (
+        ("overhead", "overhead", "client, daemon and echo engines: round trips and stages/s"),
+        ("core", "core_speed", "events per second of the scheduler core"),
+    ):
+        child = benches.add_parser(name, help=text, description=text)
+        _bench_command(child, module)
+
+
+def _bench_command(parser: argparse.ArgumentParser, name: str) -> None:
+    """Take options and action from a part of `chimera_bench`, or say what to install."""
+    try:
+        module = _bench_module(name)
+    except config.ConfigError as error:
+        why = str(error)
+
+        def refuse(arguments: argparse.Namespace) -> int:
+            raise config.ConfigError(why)
+
+        parser.set_defaults(run=refuse)
+        return
+    module.add_arguments(parser)
+    parser.set_defaults(run=module.run)
+
+
+def _bench_module(name: str) -> Any:
+    """A part of `chimera_bench`, which an installation may lack."""
+    import importlib
+
+    try:
+        return importlib.import_module(f"chimera_bench.{name}")
+    except ImportError as error:
+        raise config.ConfigError(
+            f"{error}; this command needs: pip install 'chimera-daemon[bench]'"
+        ) from error

@@ -1,0 +1,175 @@
+"""The one configuration: a frozen Struct read from TOML. A default exists here and nowhere else.
+
+Reads no environment variable and has no effect at import. Unknown keys are refused and the nearest
+valid key is named.
+"""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import msgspec
+from msgspec import Meta, Struct
+
+from chimera_daemon.messages import Id, Probability, Seconds
+
+Positive = Annotated[int, Meta(ge=1, le=1 << 40)]
+PositiveSeconds = Annotated[float, Meta(gt=0.0, le=1e9)]
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message says where and what to write instead."""
+
+
+class PaperConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """Parameters of the `paper` policy (Algorithm 1). The paper does not state their values."""
+
+    tau: Annotated[float, Meta(ge=0.0)] = 0.5  # load slack relative to the least loaded model
+    delta_s: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.05  # confidence gain that justifies a model
+    starvation_rounds: Positive = 200  # S: rounds passed over until the level drops by one
+    service_rounds: Positive = 200  # Q: rounds in service until the level goes back up
+
+
+class ModelConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """What is known of a model beforehand: the start of its running averages."""
+
+    name: Id
+    confidence: Probability = 0.5  # success rate to assume before outcomes are seen
+    output_tokens: Annotated[float, Meta(gt=0.0, le=1e6)] = 128.0  # per stage, likewise
+
+
+class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """One engine host that the daemon starts and watches."""
+
+    name: Id
+    model: Id  # the model's name as clients see it
+    kind: Literal["vllm", "echo"] = "vllm"
+    path: str | None = None  # checkpoint: folder (relative to the TOML file) or Hugging Face id
+    max_inflight: Positive | None = None  # None: what the engine itself can run at once
+    cpus: tuple[Annotated[int, Meta(ge=0)], ...] = ()  # pin the host to these cores
+    args: dict[str, Any] = {}  # passed to the engine (vLLM: AsyncEngineArgs; echo: EchoOptions)
+
+
+class Config(Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything the daemon can be told. Times in seconds, sizes in bytes."""
+
+    front: str = "tcp://127.0.0.1:5570"  # clients connect here
+    back: str = "tcp://127.0.0.1:5571"  # engine hosts connect here
+    policy: str = "chimera"
+    # The dial of `chimera`: the success probability worth one idle workflow latency.
+    price: Annotated[float, Meta(ge=0.0, le=1000.0)] = 0.1
+    aging_tokens_per_s: Annotated[float, Meta(gt=0.0)] = 10.0  # bounds starvation
+    paper: PaperConfig = PaperConfig()
+    # Bounds: over one of them a request is rejected with a reason.
+    max_queued_stages: Positive = 20_000
+    max_queued_bytes: Positive = 256 << 20
+    max_payload_bytes: Positive = 4 << 20
+    max_workflows: Positive = 100_000
+    max_engines: Positive = 256
+    max_attempts: Annotated[int, Meta(ge=1, le=100)] = 3
+    workflow_idle_s: PositiveSeconds = 3600.0  # then it is ended without an outcome
+    no_engine_s: PositiveSeconds = 120.0  # a stage waits this long for a model without engines
+    reply_keep_s: PositiveSeconds = 60.0  # answers kept for repeated requests
+    reply_keep: Positive = 20_000  # and no more of them than this
+    reply_keep_bytes: Positive = 64 << 20
+    # Connections.
+    heartbeat_s: PositiveSeconds = 0.5
+    engine_timeout_s: PositiveSeconds = 5.0  # silent for so long: lost
+    client_timeout_s: PositiveSeconds = 30.0  # silent for so long: its work is cancelled
+    drain_s: Seconds = 30.0  # after SIGTERM, for running stages to end
+    send_hwm: Positive = 4096  # messages queued towards one peer
+    # Supervision of the engine hosts below.
+    ready_s: PositiveSeconds = 300.0  # an engine that is not ready by then is restarted
+    max_restarts: Annotated[int, Meta(ge=0)] = 5  # in a row without becoming ready; then give up
+    log_dir: str | None = None  # logs of engine hosts; None: beside the daemon's own output
+    engines: tuple[EngineConfig, ...] = ()
+    models: tuple[ModelConfig, ...] = ()
+
+    def model(self, name: str) -> ModelConfig:
+        """What is configured for this model, or the defaults."""
+        return next((m for m in self.models if m.name == name), ModelConfig(name=name))
+
+
+def load(path: str | Path) -> Config:
+    """Read a TOML file. Relative checkpoint paths are taken from the file's folder.
+
+    Raises `ConfigError`, naming file, key and what to write instead.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    try:
+        return _resolve(parse(text), path.parent)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def parse(text: str) -> Config:
+    """Turn TOML text into a validated `Config`; raises `ConfigError`."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"not valid TOML: {error}") from error
+    _refuse_unknown_keys(table, Config, "")
+    try:
+        config = msgspec.convert(table, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error)) from error
+    check(config)
+    return config
+
+
+def _refuse_unknown_keys(table: dict[str, Any], struct: type[Struct], where: str) -> None:
+    known = struct.__struct_fields__
+    nested = _NESTED.get(struct, {})
+    for key, value in table.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"unknown key `{where}{key}`; did you mean `{where}{near}`?")
+        if key in nested:
+            items = cast("list[Any]", value if isinstance(value, list) else [value])
+            for item in items:
+                if isinstance(item, dict):
+                    inner = cast("dict[str, Any]", item)
+                    _refuse_unknown_keys(inner, nested[key], f"{where}{key}.")
+
+
+_NESTED: dict[type[Struct], dict[str, type[Struct]]] = {
+    Config: {"paper": PaperConfig, "engines": EngineConfig, "models": ModelConfig},
+}
+
+
+def check(config: Config) -> None:
+    """Raise `ConfigError` where fields do not fit together."""
+    for what, names in (
+        ("engines", [e.name for e in config.engines]),
+        ("models", [m.name for m in config.models]),
+    ):
+        twice = {n for n in names if names.count(n) > 1}
+        if twice:
+            raise ConfigError(f"`{what}`: the name `{min(twice)}` is used twice")
+    for engine in config.engines:
+        if engine.kind == "vllm" and engine.path is None:
+            raise ConfigError(f"engine `{engine.name}`: `path` is missing (folder or model id)")
+    if config.engine_timeout_s < 2 * config.heartbeat_s:
+        raise ConfigError("`engine_timeout_s` must be at least twice `heartbeat_s`")
+    if config.client_timeout_s < 2 * config.heartbeat_s:
+        raise ConfigError("`client_timeout_s` must be at least twice `heartbeat_s`")
+
+
+def _resolve(config: Config, folder: Path) -> Config:
+    """Make checkpoint paths absolute; one that looks like a folder must exist."""
+    engines: list[EngineConfig] = []
+    for engine in config.engines:
+        path = engine.path
+        if path is not None:
+            local = (folder / Path(path).expanduser()).resolve()
+            if local.exists():
+                path = str(local)
+            elif path.startswith((".", "/", "~")):
+                raise ConfigError(f"engine `{engine.name}`: no such folder: {local}")
+        engines.append(msgspec.structs.replace(engine, path=path))
+    return msgspec.structs.replace(config, engines=tuple(engines))

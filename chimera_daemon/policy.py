@@ -1,0 +1,296 @@
+"""Policies: pure functions that place a stage on a model and give it its rank in the queue.
+
+Nothing here changes state. The core owns the views below, keeps them current; policies read them.
+Ranks do not depend on the current time: with linear aging, ``work - aging * (now - arrival)``
+orders stages exactly like ``work + aging * arrival``, so a heap stays valid as time goes by.
+"""
+
+from collections.abc import Callable, Sequence
+
+from msgspec import Struct
+
+from chimera_daemon.config import Config
+from chimera_daemon.messages import Candidate, ModelPrediction, Prediction, Stage
+
+# Share of engine time that other stages' prefills may be assumed to take at most.
+_MAX_PREFILL_SHARE = 0.9
+
+
+class ModelView(Struct):
+    """Congestion of one model: all its ready engines and its queue together."""
+
+    name: str
+    engines: int = 0
+    slots: int = 0  # attempts that its engines take at once
+    running: int = 0
+    running_tokens: float = 0.0  # output tokens that running attempts still owe
+    waiting: int = 0
+    waiting_tokens: float = 0.0  # output tokens that waiting stages will need
+    waiting_prompt: int = 0  # prompt tokens of waiting stages
+    context_tokens: int = 0  # prompt and output that each of its engines can hold
+    claims: int = 0  # requests in flight, those at draining engines included
+    claimed_tokens: float = 0.0  # paper: predicted workflow tokens of requests in flight
+    foreign: int = 0  # requests that engines report beyond ours
+    # Cost model, slot-weighted mean over the engines; see `Profile`.
+    step_s: float = 0.0
+    step_per_seq_s: float = 0.0
+    prefill_s_per_token: float = 0.0
+    slots_each: float = 1.0  # per engine
+    full_s_per_token: float = 0.0  # engine seconds per output token with all slots at work
+    prompt_mean: float = 0.0  # per finished stage, running average
+    output_mean: float = 0.0
+
+
+class WorkflowView(Struct):
+    """What is known of the workflow of a stage."""
+
+    workflow_id: str
+    kind: str
+    model: str | None = None  # that ran its last stage (`paper`: that it is bound to)
+    engine: str | None = None
+    context_tokens: int = 0  # prompt and output of its last stage: in that engine's prefix cache
+
+
+class ClusterView(Struct):
+    """What is the same for every candidate."""
+
+    idle_latency_s: float = 1.0  # of a typical workflow on the fastest model; scales the price
+    arrivals: int = 0
+
+
+class Choice(Struct, frozen=True, gc=False):
+    """Where a stage goes. An empty ``model`` means that no candidate has an engine."""
+
+    model: str
+    reason: str
+    candidates: tuple[Candidate, ...] = ()
+
+
+Choose = Callable[[Stage, Prediction, WorkflowView, Sequence[ModelView], ClusterView], Choice]
+Rank = Callable[[Stage, ModelPrediction, float], float]
+
+
+class Policy(Struct, frozen=True):
+    """``choose`` places a stage among models with engines; ``rank`` orders a model's queue.
+
+    ``rank(stage, prediction of the chosen model, arrival time)``: lower runs first. With
+    ``starvation_rounds`` the queue also ages by rounds, as in the paper.
+    """
+
+    name: str
+    choose: Choose
+    rank: Rank
+    starvation_rounds: int | None = None
+    service_rounds: int = 1
+
+
+def remaining_given(prediction: ModelPrediction, produced: int, max_tokens: int) -> float:
+    """Expected output tokens still to come of a stage that has produced this many.
+
+    The predicted distribution is taken as uniform between its quantiles, and beyond the highest up
+    to half as much again; all of it that lies beyond ``max_tokens`` ends there. A stage that
+    outlived all that is expected to run as long again, within ``max_tokens``.
+    """
+    if produced <= 0:
+        return min(prediction.stage_tokens_mean, float(max_tokens))
+    low, middle, high = prediction.stage_tokens
+    mass = tail = start = 0.0
+    for quantile, weight in ((low, 0.1), (middle, 0.4), (high, 0.4), (1.5 * high, 0.1)):
+        stop = max(start, min(quantile, float(max_tokens)))
+        if stop > produced:
+            begin = max(start, float(produced))
+            # Equal quantiles (a length known for certain) are a point of mass.
+            share = weight * (stop - begin) / (stop - start) if stop > start else weight
+            mass += share
+            tail += share * ((begin + stop) / 2 - produced)
+        start = stop
+    if mass <= 0.0:
+        return float(max(1, min(produced, max_tokens - produced)))
+    return max(1.0, tail / mass)
+
+
+def idle_latency_s(stage: Stage, prediction: ModelPrediction, view: ModelView) -> float:
+    """Seconds that the rest of the workflow takes on an idle engine of this model."""
+    decode = prediction.remaining_tokens_mean * (view.step_s + view.step_per_seq_s)
+    return stage.prompt_tokens * view.prefill_s_per_token + decode
+
+
+def finish_and_delay_s(
+    stage: Stage, prediction: ModelPrediction, workflow: WorkflowView, view: ModelView
+) -> tuple[float, float]:
+    """(F, X): seconds until the workflow is done on this model, and seconds it costs the others.
+
+    ``F = prefill(P) + R tpot + S W`` and ``X = prefill n + R step(B)/B waiting + R dstep running``
+    with P prompt tokens not yet in the prefix cache, R mean tokens and S stages still to come, n
+    attempts at work or waiting, B slots, all per engine of the model.
+    """
+    engines = view.engines
+    slots = view.slots_each
+    running = (view.running + view.foreign) / engines
+    waiting = view.waiting / engines
+    present = running + waiting
+    batch = present + 1.0 if present + 1.0 < slots else slots
+    step = view.step_s + view.step_per_seq_s * batch
+    prefill_s = view.prefill_s_per_token
+
+    prompt = stage.prompt_tokens
+    if workflow.model == view.name:
+        prompt = max(prompt - workflow.context_tokens, 0)
+    prefill = prompt * prefill_s
+    tokens = prediction.remaining_tokens_mean
+
+    # Decoding stands still while other stages of the batch are prefilled.
+    tpot = step
+    if view.output_mean > 0.0 and step > 0.0:
+        others = view.prompt_mean * prefill_s * (batch - 1.0)
+        share = others / (others + view.output_mean * step)
+        tpot /= 1.0 - (share if share < _MAX_PREFILL_SHARE else _MAX_PREFILL_SHARE)
+
+    wait = view.waiting_prompt / engines * prefill_s
+    if present >= slots:
+        wait += view.waiting_tokens / engines * view.full_s_per_token
+    finish = prefill + tokens * tpot + (1.0 + prediction.remaining_stages) * wait
+    per_token = view.full_s_per_token * waiting + view.step_per_seq_s * running
+    return finish, prefill * present + tokens * per_token
+
+
+def _chimera(config: Config) -> Policy:
+    price, aging = config.price, config.aging_tokens_per_s
+
+    def choose(
+        stage: Stage,
+        prediction: Prediction,
+        workflow: WorkflowView,
+        models: Sequence[ModelView],
+        cluster: ClusterView,
+    ) -> Choice:
+        """Argmax of q - price * (F + X) / idle latency: success against seconds, joined."""
+        price_per_s = price / cluster.idle_latency_s
+        best, best_score = "", float("-inf")
+        candidates: list[Candidate] = []
+        predictions, other = prediction.models, prediction.other
+        for view in models:
+            name = view.name
+            predicted = predictions.get(name, other)
+            finish, delay = finish_and_delay_s(stage, predicted, workflow, view)
+            q = predicted.confidence
+            score = q - price_per_s * (finish + delay)
+            tokens = view.running_tokens + view.waiting_tokens
+            candidates.append(Candidate(name, score, q, finish, tokens))
+            if score > best_score or not best:
+                best, best_score = name, score
+        return Choice(best, "score", tuple(candidates))
+
+    def rank(stage: Stage, prediction: ModelPrediction, arrived_s: float) -> float:
+        return prediction.remaining_tokens_mean + aging * arrived_s
+
+    return Policy("chimera", choose, rank)
+
+
+def _paper(config: Config) -> Policy:
+    tau, gain = config.paper.tau, config.paper.delta_s
+
+    def load_s(view: ModelView) -> float:
+        return view.claimed_tokens * view.full_s_per_token / view.engines
+
+    def choose(
+        stage: Stage,
+        prediction: Prediction,
+        workflow: WorkflowView,
+        models: Sequence[ModelView],
+        cluster: ClusterView,
+    ) -> Choice:
+        """Algorithm 1 of arXiv 2603.22206; several engines of a model count as one larger one."""
+        candidates: list[Candidate] = []
+        for view in models:
+            q = prediction.of(view.name).confidence
+            candidates.append(Candidate(view.name, q, q, load_s(view), view.claimed_tokens))
+        seen = tuple(candidates)
+        if workflow.model is not None and any(v.name == workflow.model for v in models):
+            return Choice(workflow.model, "bound", seen)
+        fast = min(candidates, key=lambda c: c.finish_s)
+        for candidate in sorted(candidates, key=lambda c: -c.confidence):
+            if (
+                candidate.finish_s <= (1.0 + tau) * fast.finish_s
+                and candidate.confidence >= fast.confidence + gain
+            ):
+                return Choice(candidate.model, "confident", seen)
+        return Choice(fast.model, "fastest", seen)
+
+    def rank(stage: Stage, prediction: ModelPrediction, arrived_s: float) -> float:
+        return prediction.remaining_tokens[1]
+
+    return Policy(
+        "paper", choose, rank, config.paper.starvation_rounds, config.paper.service_rounds
+    )
+
+
+def _first_come(stage: Stage, prediction: ModelPrediction, arrived_s: float) -> float:
+    return 0.0  # ties break by arrival
+
+
+def _least_loaded(config: Config) -> Policy:
+    def choose(
+        stage: Stage,
+        prediction: Prediction,
+        workflow: WorkflowView,
+        models: Sequence[ModelView],
+        cluster: ClusterView,
+    ) -> Choice:
+        """Fewest requests running and waiting per engine, as vLLM's own data-parallel balancer."""
+        view = min(models, key=lambda v: (v.running + v.waiting + v.foreign) / v.engines)
+        return Choice(view.name, "least loaded")
+
+    return Policy("least_loaded", choose, _first_come)
+
+
+def _round_robin(config: Config) -> Policy:
+    def choose(
+        stage: Stage,
+        prediction: Prediction,
+        workflow: WorkflowView,
+        models: Sequence[ModelView],
+        cluster: ClusterView,
+    ) -> Choice:
+        """Models in turn, each as often as it has engines."""
+        turn = cluster.arrivals % sum(v.engines for v in models)
+        for view in models:
+            turn -= view.engines
+            if turn < 0:
+                return Choice(view.name, "turn")
+        raise AssertionError("a turn is less than the number of engines")
+
+    return Policy("round_robin", choose, _first_come)
+
+
+def _static(model: str) -> Policy:
+    def choose(
+        stage: Stage,
+        prediction: Prediction,
+        workflow: WorkflowView,
+        models: Sequence[ModelView],
+        cluster: ClusterView,
+    ) -> Choice:
+        """Always the same model; waits for its engine rather than take another."""
+        return Choice(model if any(v.name == model for v in models) else "", "static")
+
+    return Policy(f"static:{model}", choose, _first_come)
+
+
+_POLICIES: dict[str, Callable[[Config], Policy]] = {
+    "chimera": _chimera,
+    "paper": _paper,
+    "least_loaded": _least_loaded,
+    "round_robin": _round_robin,
+}
+NAMES = (*_POLICIES, "static:MODEL")
+
+
+def make_policy(config: Config) -> Policy:
+    """The policy that the configuration names; raises `ValueError` with the names there are."""
+    name = config.policy
+    if name.startswith("static:") and len(name) > len("static:"):
+        return _static(name.removeprefix("static:"))
+    if name not in _POLICIES:
+        raise ValueError(f"no policy {name!r}; there are: {', '.join(NAMES)}")
+    return _POLICIES[name](config)

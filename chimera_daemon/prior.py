@@ -1,0 +1,242 @@
+"""The prior: predictions from running averages per model and kind, learned while serving.
+
+Also defines what any predictor looks like to the daemon. Knows no sockets and no tensors. Estimates
+back off from (model, kind, stage) over (model, kind) to the model and at last to the configuration;
+each level is drawn towards the next as long as it has seen little.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from chimera_daemon.config import Config
+from chimera_daemon.messages import (
+    LEVELS,
+    Hints,
+    ModelPrediction,
+    Prediction,
+    Stage,
+    WorkflowEnded,
+)
+
+Deliver = Callable[[Stage, Prediction], None]
+
+_WINDOW = 1024  # averages forget what is older than about so many values
+_RING = 128  # values kept for quantiles
+_TRUST = 8.0  # a level counts as much as its parent once it has seen so many values
+_MAX_STAGE = 15  # later stages are taken together
+_MAX_KINDS = 64  # further kinds are taken together, so that labels cannot fill the memory
+# Before anything is seen: a workflow has this many stages after the current one, and lengths
+# spread about their mean like this (10 %, 50 %, 90 %).
+_STAGES_AFTER = 1.0
+_SPREAD = (0.3, 0.8, 1.9)
+
+
+class Predictor(Protocol):
+    """What the daemon asks: before a stage enters the core, and after things have happened."""
+
+    def predict(self, stage: Stage, deliver: Deliver) -> None:
+        """Call ``deliver(stage, prediction)`` once, now or later, on the daemon's loop."""
+        ...
+
+    def add_model(self, model: str) -> None:
+        """An engine of this model joined."""
+        ...
+
+    def observe_stage(self, stage: Stage, model: str, output_tokens: int) -> None:
+        """A stage was answered."""
+        ...
+
+    def observe_workflow(self, ended: WorkflowEnded) -> None:
+        """A workflow has ended; ``success`` is None where the client did not say."""
+        ...
+
+
+class _Mean:
+    """Average of about the last `_WINDOW` values."""
+
+    __slots__ = ("mean", "seen")
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.mean = 0.0
+
+    def add(self, value: float) -> None:
+        self.seen = min(self.seen + 1, _WINDOW)
+        self.mean += (value - self.mean) / self.seen
+
+    def towards(self, parent: float) -> float:
+        return (self.mean * self.seen + parent * _TRUST) / (self.seen + _TRUST)
+
+
+class _Lengths(_Mean):
+    """Mean and quantiles of token counts."""
+
+    __slots__ = ("_ring",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ring: deque[float] = deque(maxlen=_RING)
+
+    def add(self, value: float) -> None:
+        super().add(value)
+        self._ring.append(value)
+
+    def quantiles(self, parent: tuple[float, float, float]) -> tuple[float, float, float]:
+        weight = self.seen / (self.seen + _TRUST)
+        if not self._ring:
+            return parent
+        ordered = sorted(self._ring)
+        last = len(ordered) - 1
+        low, middle, high = (
+            weight * ordered[round(level * last)] + (1.0 - weight) * above
+            for level, above in zip(LEVELS, parent, strict=True)
+        )
+        return low, middle, high
+
+
+class _Cell:
+    """All averages of one (model), (model, kind) or (model, kind, stage)."""
+
+    __slots__ = ("after", "remaining", "stage", "success")
+
+    def __init__(self) -> None:
+        self.success = _Mean()
+        self.stage = _Lengths()  # output tokens of a stage
+        self.remaining = _Lengths()  # of it and all later ones
+        self.after = _Mean()  # stages after it
+
+    def refine(self, parent: ModelPrediction) -> ModelPrediction:
+        return ModelPrediction(
+            self.success.towards(parent.confidence),
+            self.stage.towards(parent.stage_tokens_mean),
+            self.stage.quantiles(parent.stage_tokens),
+            self.remaining.towards(parent.remaining_tokens_mean),
+            self.remaining.quantiles(parent.remaining_tokens),
+            self.after.towards(parent.remaining_stages),
+        )
+
+
+_Key = tuple[str, str, int]  # kind "" and stage -1 stand for all
+
+
+class PriorPredictor:
+    """A `Predictor` that answers at once; without hints by a look-up in a dictionary."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._models = {m.name for m in config.models} | {e.model for e in config.engines}
+        self._cells: dict[_Key, _Cell] = {}
+        self._kinds: set[str] = set()
+        self._observed = 0
+        self._cache: dict[tuple[str, int], tuple[int, Prediction]] = {}
+
+    def predict(self, stage: Stage, deliver: Deliver) -> None:
+        """See `Predictor`."""
+        key = (stage.kind, min(stage.stage, _MAX_STAGE))
+        cached = self._cache.get(key)
+        # Refreshed after every new value at first, later only once 1/16 more have been seen.
+        if cached is None or self._observed - cached[0] > min(self._observed // 16, 64):
+            cached = self._refresh(key)
+        prediction = cached[1]
+        deliver(stage, prediction if stage.hints is None else _hinted(prediction, stage.hints))
+
+    def add_model(self, model: str) -> None:
+        """See `Predictor`."""
+        if model not in self._models:
+            self._models.add(model)
+            self._cache.clear()
+
+    def observe_stage(self, stage: Stage, model: str, output_tokens: int) -> None:
+        """See `Predictor`."""
+        self._observed += 1
+        for cell in self._levels(model, stage.kind, stage.stage):
+            cell.stage.add(output_tokens)
+
+    def observe_workflow(self, ended: WorkflowEnded) -> None:
+        """See `Predictor`. A success counts for every model that ran a stage."""
+        remaining = 0
+        for after, stage in enumerate(reversed(ended.stages)):
+            remaining += stage.output_tokens
+            for cell in self._levels(stage.model, ended.kind, stage.stage):
+                cell.remaining.add(remaining)
+                cell.after.add(after)
+        if ended.success is None:
+            return
+        for model in {stage.model for stage in ended.stages}:
+            numbers = {s.stage for s in ended.stages if s.model == model}
+            cells = {id(c): c for n in numbers for c in self._levels(model, ended.kind, n)}
+            for cell in cells.values():
+                cell.success.add(ended.success)
+        self._observed += 1
+
+    def _levels(self, model: str, kind: str, stage: int) -> list[_Cell]:
+        if kind not in self._kinds:
+            if len(self._kinds) >= _MAX_KINDS:
+                kind = "other"
+            self._kinds.add(kind)
+        keys = ((model, "", -1), (model, kind, -1), (model, kind, min(stage, _MAX_STAGE)))
+        return [self._cells.setdefault(key, _Cell()) for key in keys]
+
+    def _refresh(self, key: tuple[str, int]) -> tuple[int, Prediction]:
+        kind, stage = key
+        if kind not in self._kinds and len(self._kinds) >= _MAX_KINDS:
+            kind = "other"
+        models: dict[str, ModelPrediction] = {}
+        for model in sorted(self._models):
+            predicted = self._unseen(model)
+            for level in ((model, "", -1), (model, kind, -1), (model, kind, stage)):
+                cell = self._cells.get(level)
+                if cell is not None:
+                    predicted = cell.refine(predicted)
+            models[model] = predicted
+        if len(self._cache) > _MAX_KINDS * (_MAX_STAGE + 1):
+            self._cache.clear()
+        cached = (self._observed, Prediction(models, self._unseen("")))
+        self._cache[key] = cached
+        return cached
+
+    def _unseen(self, model: str) -> ModelPrediction:
+        """What the configuration says."""
+        known = self._config.model(model)
+        mean = known.output_tokens
+        low, middle, high = (mean * s for s in _SPREAD)
+        all_of_it = 1.0 + _STAGES_AFTER
+        return ModelPrediction(
+            known.confidence,
+            mean,
+            (low, middle, high),
+            mean * all_of_it,
+            (low * all_of_it, middle * all_of_it, high * all_of_it),
+            _STAGES_AFTER,
+        )
+
+
+def _hinted(prediction: Prediction, hints: Hints) -> Prediction:
+    """Replace what the client knows better. A hinted length is taken as certain."""
+    confidence = hints.confidence or {}
+    models = {
+        name: _hinted_model(predicted, hints, confidence.get(name))
+        for name, predicted in prediction.models.items()
+    }
+    return Prediction(models, _hinted_model(prediction.other, hints, None), prediction.source)
+
+
+def _hinted_model(
+    predicted: ModelPrediction, hints: Hints, confidence: float | None
+) -> ModelPrediction:
+    stage, stages = predicted.stage_tokens_mean, predicted.stage_tokens
+    remaining, remainings = predicted.remaining_tokens_mean, predicted.remaining_tokens
+    if hints.output_tokens is not None:
+        stage = float(hints.output_tokens)
+        stages = (stage, stage, stage)
+        if remaining < stage:
+            remaining, remainings = stage, (stage, stage, stage)
+    if hints.remaining_tokens is not None:
+        remaining = float(hints.remaining_tokens)
+        remainings = (remaining, remaining, remaining)
+    after = predicted.remaining_stages
+    if hints.remaining_stages is not None:
+        after = float(hints.remaining_stages)
+    known = predicted.confidence if confidence is None else confidence
+    return ModelPrediction(known, stage, stages, remaining, remainings, after)

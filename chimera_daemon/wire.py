@@ -1,0 +1,50 @@
+"""Encoding of wire messages and addresses of sockets. The only file that knows frames' bytes.
+
+A message is one header frame (msgpack map, tagged by ``type``) and for some types one payload
+frame, which is passed on as it is. Encoders and typed decoders are made once.
+"""
+
+import re
+
+import msgspec
+
+from chimera_daemon.messages import FromEngine, ToClient, ToEngine, ToFront
+
+encode = msgspec.msgpack.Encoder().encode
+decode_front = msgspec.msgpack.Decoder(ToFront).decode
+decode_client = msgspec.msgpack.Decoder(ToClient).decode
+decode_back = msgspec.msgpack.Decoder(FromEngine).decode
+decode_engine = msgspec.msgpack.Decoder(ToEngine).decode
+
+# Headers are small by construction; a longer one is refused before it is decoded.
+MAX_HEADER_BYTES = 64 << 10
+
+_ADDRESS = re.compile(r"^(tcp://[^:/\s]+:\d{1,5}|tcp://\[[0-9a-fA-F:]+\]:\d{1,5}|ipc://.+)$")
+
+
+class WireError(ValueError):
+    """A peer sent something that is not a message of this protocol."""
+
+
+def check_address(address: str) -> str:
+    """Return the address, or raise `ValueError` with the forms that are accepted."""
+    port = address.rpartition(":")[2] if address.startswith("tcp://") else "0"
+    if not _ADDRESS.match(address) or int(port) > 65535:
+        raise ValueError(
+            f"address {address!r} is not usable; write tcp://HOST:PORT or ipc:///PATH/TO/SOCKET"
+        )
+    return address
+
+
+def request_id_of(header: bytes) -> str:
+    """The request id in a header that could not be decoded, so that the error has an address."""
+    try:
+        raw: object = msgspec.msgpack.decode(header)
+    except msgspec.DecodeError:
+        return ""
+    except (UnicodeDecodeError, ValueError, RecursionError):
+        return ""
+    if not isinstance(raw, dict):
+        return ""
+    value: object = raw.get("request_id")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return value[:128] if isinstance(value, str) else ""

@@ -1,0 +1,1 @@
+"""Learned confidence and length predictors, their training and calibration. Empty: see ../README.md."""
