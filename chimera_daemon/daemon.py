@@ -5,7 +5,6 @@ nothing. Payloads and chunks are opaque here: the daemon reads headers only.
 """
 
 import asyncio
-import gc
 import logging
 import secrets
 import socket
@@ -87,6 +86,7 @@ _ATTEMPTS_PER_S = 1 << 22
 _BYTES_PER_TOKEN = 4.0
 _NEWEST = 1.0 / 256.0
 _MAX_CLIENTS = 10_000
+_INTERNAL = "internal error of the daemon; its log says more"
 
 
 class DaemonError(RuntimeError):
@@ -100,6 +100,7 @@ class _Client(Struct, eq=False):
     seen_s: float
     requests: set[StageKey] = msgspec.field(default_factory=set[StageKey])
     outbox: deque[tuple[bytes, ...]] = msgspec.field(default_factory=deque[tuple[bytes, ...]])
+    outbox_bytes: int = 0
 
 
 class _Request(Struct, eq=False):
@@ -122,7 +123,12 @@ class _Link(Struct, eq=False):
     engine_id: str
     incarnation: int
     model: str
+    pid: int
     seen_s: float
+
+    def is_of(self, message: Register | Heartbeat | Deregister) -> bool:
+        """Whether the message speaks of the process that this link was made for."""
+        return (message.engine_id, message.incarnation) == (self.engine_id, self.incarnation)
 
 
 class EngineWatcher:
@@ -154,11 +160,14 @@ class Daemon:
     ) -> None:
         self.daemon_id = secrets.token_hex(8)
         self._config = config
-        self._predictor: Predictor = predictor or PriorPredictor(config)
+        # Stands in where the predictor fails, so it learns alongside.
+        self._prior = PriorPredictor(config)
+        self._predictor: Predictor = predictor or self._prior
+        self._learners = (self._prior,) if predictor is None else (self._prior, predictor)
         self._watcher = watcher or EngineWatcher()
         first = max(int(time.time()) - _EPOCH_S, 1) * _ATTEMPTS_PER_S
         self._core = Scheduler(config, first_attempt=first)
-        self._started_s = 0.0
+        self._started_s = self._next_beat_s = 0.0
         self._clients: dict[bytes, _Client] = {}
         self._requests: dict[StageKey, _Request] = {}
         self._predicting: dict[StageKey, _Request] = {}
@@ -190,11 +199,8 @@ class Daemon:
             self._context.term()
             raise
         self._started_s = self._loop.time()
-        self._beat = self._loop.call_later(self._config.heartbeat_s, self._on_beat)
-        # Requests come and go by reference count; cycles are rare, so look for them rarely.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(100_000, 50, 100)
+        self._next_beat_s = self._started_s + self._config.heartbeat_s
+        self._beat = self._loop.call_at(self._next_beat_s, self._on_beat)
         log.info("daemon %s: clients %s, engines %s, policy %s", self.daemon_id,
                  self._config.front, self._config.back, self._config.policy)  # fmt: skip
 
@@ -222,11 +228,14 @@ class Daemon:
             self._draining = True
             self._feed(DrainStarted())
         end = self._loop.time() + self._config.drain_s
-        while not self._core.idle and self._loop.time() < end:
+        while (self._predicting or not self._core.idle) and self._loop.time() < end:
             await asyncio.sleep(0.02)
-        for key in list(self._requests):
-            message = "the daemon stopped before this stage was done"
-            self._feed(StageCancelled(key, "draining", message, retryable=True))
+
+    def give_up(self) -> None:
+        """Answer whatever is left with a retryable error and stop it at its engines."""
+        message = "the daemon stopped before this stage was done"
+        for client in list(self._clients.values()):
+            self._abandon(client, "draining", message)
 
     def close(self) -> None:
         """Close the sockets. Answers already queued get half a second to leave."""
@@ -243,10 +252,10 @@ class Daemon:
         if link is not None:
             self._to_engine(link.identity, Shutdown(reason))
 
-    def engine_lost(self, engine_id: str, reason: str) -> None:
-        """The process of this engine has ended (the supervisor saw it)."""
+    def engine_lost(self, engine_id: str, pid: int, reason: str) -> None:
+        """This process of this engine has ended (the supervisor saw it)."""
         link = self._engines.get(engine_id)
-        if link is not None:
+        if link is not None and link.pid == pid:
             self._unlink(link, reason)
 
     def engines_of(self, model: str | None = None) -> list[str]:
@@ -263,10 +272,30 @@ class Daemon:
         self._feeding = True
         try:
             while self._events:
-                for action in self._core.handle(self._events.popleft(), self._loop.time()):
-                    self._act(action)
+                event = self._events.popleft()
+                try:
+                    actions = self._core.handle(event, self._loop.time())
+                except Exception:
+                    self._internal_error("event", event)
+                    continue
+                for action in actions:
+                    try:
+                        self._act(action)
+                    except Exception:
+                        self._internal_error("action", action)
         finally:
             self._feeding = False
+
+    def _internal_error(self, what: str, of: object) -> None:
+        """A programming error of ours, inside an `except`: one stage may be hurt, not the rest."""
+        self.counters["internal_errors"] += 1
+        log.exception("internal error at %s %s", what, type(of).__name__)
+        if isinstance(of, StageSubmitted):
+            key = of.stage.key
+            client = self._clients.get(key[0])
+            self._drop(key)
+            if client is not None:
+                self._refuse(client, key[1], "engine_error", _INTERNAL)
 
     def _act(self, action: Action) -> None:
         match action:
@@ -281,7 +310,8 @@ class Daemon:
                     self._timer.cancel()
                 self._timer = self._loop.call_at(action.at, self._wake)
             case WorkflowEnded():
-                self._predictor.observe_workflow(action)
+                for predictor in self._learners:
+                    predictor.observe_workflow(action)
             case AbortAttempt():
                 self._attempts.pop(action.attempt_id, None)
                 link = self._engines.get(action.engine_id)
@@ -313,33 +343,45 @@ class Daemon:
             if client is None:
                 return
         client.seen_s = self._loop.time()
+        if len(header) > wire.MAX_HEADER_BYTES:
+            self.counters["unreadable_from_clients"] += 1
+            message = f"a header of {len(header)} bytes; the limit is {wire.MAX_HEADER_BYTES}"
+            self._refuse(client, "", "too_large", message)
+            return
         try:
-            if len(header) > wire.MAX_HEADER_BYTES:
-                raise msgspec.DecodeError(f"header of {len(header)} bytes is too long")
             message = wire.decode_front(header)
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
             self.counters["unreadable_from_clients"] += 1
             self._refuse(client, wire.request_id_of(header), "bad_request", str(error))
             return
-        match message:
-            case Submit():
-                self._submit(client, message, header, frames)
-            case CloseWorkflow():
-                self._feed(WorkflowClosed(message.workflow_id, message.success))
-                self._to_client(client, Closed(message.workflow_id))
-            case Cancel():
-                key = (identity, message.request_id)
-                if self._predicting.pop(key, None) is not None:
-                    self._refuse(client, message.request_id, "cancelled", "cancelled by the client")
-                else:
+        try:
+            match message:
+                case Submit():
+                    self._submit(client, message, header, frames)
+                case CloseWorkflow():
+                    for request in list(self._predicting.values()):
+                        if request.stage.workflow_id == message.workflow_id:
+                            self._unpredicted(request, "cancelled", "its workflow was closed")
+                    self._feed(WorkflowClosed(message.workflow_id, message.success))
+                    self._to_client(client, Closed(message.workflow_id))
+                case Cancel():
+                    key = (identity, message.request_id)
+                    request = self._predicting.get(key)
+                    if request is not None:
+                        self._unpredicted(request, "cancelled", "cancelled by the client")
                     self._feed(StageCancelled(key))
-            case Ping():
-                self._ping(client, message)
-            case GetStatus():
-                status = msgspec.json.encode(self.status())
-                self._to_client(client, StatusReply(message.request_id), status)
-            case _:
-                assert_never(message)
+                case Ping():
+                    self._ping(client, message)
+                case GetStatus():
+                    status = msgspec.json.encode(self.status())
+                    self._to_client(client, StatusReply(message.request_id), status)
+                case _:
+                    assert_never(message)
+        except Exception:
+            self._internal_error("message", message)
+            if isinstance(message, Submit) and message.request_id:
+                self._predicting.pop((identity, message.request_id), None)
+                self._refuse(client, message.request_id, "engine_error", _INTERNAL)
 
     def _new_client(self, identity: bytes) -> _Client | None:
         if len(self._clients) >= _MAX_CLIENTS:
@@ -391,9 +433,40 @@ class Daemon:
         request = _Request(
             client, submit.request_id, payload, submit.max_tokens, submit.stream, stage
         )
-        if stage.key not in self._predicting:
-            self._predicting[stage.key] = request
+        key = stage.key
+        first = self._predicting.get(key)
+        if first is None:
+            if len(self._predicting) >= self._config.max_queued_stages:
+                message = f"{len(self._predicting)} stages wait for a prediction already"
+                self._refuse(client, submit.request_id, "overloaded", message, 1.0)
+                return
+            self._predicting[key] = request
+            self._predict(stage)
+        elif first.stage.digest != stage.digest:
+            message = f"request id {submit.request_id!r} was used before with another body"
+            self._refuse(client, submit.request_id, "conflict", message)
+
+    def _predict(self, stage: Stage) -> None:
+        """Ask the predictor; where it fails, the prior has to do, and the receipt says so."""
+        try:
             self._predictor.predict(stage, self._predicted)
+        except Exception:
+            self.counters["predictor_errors"] += 1
+            log.exception("the predictor failed; the prior stands in")
+            self._prior.predict(stage, self._predicted_instead)
+
+    def _predicted_instead(self, stage: Stage, prediction: Prediction) -> None:
+        self._predicted(stage, msgspec.structs.replace(prediction, source="fallback"))
+
+    def _unpredicted(
+        self, request: _Request, code: ErrorCode, message: str, retryable: bool = False
+    ) -> None:
+        """Answer a request that the core has not seen yet, unless it repeats one that it has."""
+        key = request.stage.key
+        del self._predicting[key]
+        if key not in self._requests:
+            failure = Failure(request.request_id, code, message, retryable)
+            self._to_client(request.client, failure)
 
     def _predicted(self, stage: Stage, prediction: Prediction) -> None:
         """The predictor is done; unless the client has cancelled meanwhile, the core takes over."""
@@ -452,14 +525,20 @@ class Daemon:
             if sent is not Sent.FULL:
                 return  # one that is gone asks again when it is back; the answers wait for it
         client.outbox.append(frames)
-        if len(client.outbox) > self._config.send_hwm:
+        client.outbox_bytes += sum(map(len, frames))
+        config = self._config
+        if len(client.outbox) > config.send_hwm or client.outbox_bytes > config.reply_keep_bytes:
             self.counters["slow_clients_cut"] += 1
             client.outbox.clear()
+            client.outbox_bytes = 0
             self._abandon(client, "slow_reader", "the client does not read its answers")
 
     def _abandon(self, client: _Client, code: ErrorCode, message: str) -> None:
+        """End all that this client waits for. It did not ask for that, so it may try again."""
+        for request in [r for r in self._predicting.values() if r.client is client]:
+            self._unpredicted(request, code, message, retryable=True)
         for key in list(client.requests):
-            self._feed(StageCancelled(key, code, message))
+            self._feed(StageCancelled(key, code, message, retryable=True))
 
     # Engines.
 
@@ -471,26 +550,33 @@ class Daemon:
             self.counters["unreadable_from_engines"] += 1
             log.warning("engine host %r sent an unreadable message: %s", identity[:64], error)
             return
-        match message:
-            case EngineChunk():
-                self._chunk(message, frames)
-            case EngineFinished():
-                self._finish(message, frames)
-            case EngineFailed():
-                if self._ends(message.attempt_id, identity):
-                    self._feed(
-                        AttemptFailed(
-                            message.attempt_id, message.code, message.message, message.retryable
+        link = self._links.get(identity)
+        if link is not None:
+            link.seen_s = self._loop.time()
+        try:
+            match message:
+                case EngineChunk():
+                    self._chunk(message, frames)
+                case EngineFinished():
+                    self._finish(message, frames)
+                case EngineFailed():
+                    if self._ends(message.attempt_id, identity):
+                        self._feed(
+                            AttemptFailed(
+                                message.attempt_id, message.code, message.message, message.retryable
+                            )
                         )
-                    )
-            case Heartbeat():
-                self._heartbeat(identity, message)
-            case Register():
-                self._register(identity, message)
-            case Deregister():
-                self._feed(EngineDraining(message.engine_id, message.incarnation))
-            case _:
-                assert_never(message)
+                case Heartbeat():
+                    self._heartbeat(identity, link, message)
+                case Register():
+                    self._register(identity, message)
+                case Deregister():
+                    if link is not None and link.is_of(message):
+                        self._feed(EngineDraining(message.engine_id, message.incarnation))
+                case _:
+                    assert_never(message)
+        except Exception:
+            self._internal_error("message", message)
 
     def _chunk(self, chunk: EngineChunk, frames: list[bytes]) -> None:
         request = self._attempts.get(chunk.attempt_id)
@@ -539,7 +625,8 @@ class Daemon:
             action.key[1], model, action.engine_id, usage, message.finish_reason, action.receipt
         )
         self._answer(action.key, (wire.encode(result), payload))
-        self._predictor.observe_stage(stage, model, usage.output_tokens)
+        for predictor in self._learners:
+            predictor.observe_stage(stage, model, usage.output_tokens)
 
     def _dispatch(self, action: Dispatch) -> None:
         request = self._requests[action.key]
@@ -562,6 +649,9 @@ class Daemon:
             self._to_engine(identity, Shutdown(reason))
             return
         engine_id = message.engine_id
+        link = self._links.get(identity)
+        if link is not None and not link.is_of(message):
+            self._unlink(link, "its host registered as another engine")
         old = self._engines.get(engine_id)
         if old is not None and old.identity != identity:
             self._to_engine(old.identity, Shutdown("another process took its name"))
@@ -572,7 +662,14 @@ class Daemon:
             return
         joins = identity not in self._links
         if joins:
-            link = _Link(identity, engine_id, message.incarnation, message.model, self._loop.time())
+            link = _Link(
+                identity,
+                engine_id,
+                message.incarnation,
+                message.model,
+                message.pid,
+                self._loop.time(),
+            )
             self._links[identity] = self._engines[engine_id] = link
             log.info(
                 "engine %s joined: model %s, %d slots, pid %d",
@@ -582,7 +679,8 @@ class Daemon:
                 message.pid,
             )
         self._to_engine(identity, DaemonBeat(self.daemon_id, True, self._config.heartbeat_s))
-        self._predictor.add_model(message.model)
+        for predictor in self._learners:
+            predictor.add_model(message.model)
         self._feed(
             EngineRegistered(
                 engine_id,
@@ -596,16 +694,14 @@ class Daemon:
         if joins:
             self._watcher.joined(engine_id, message.pid)
 
-    def _heartbeat(self, identity: bytes, message: Heartbeat) -> None:
-        link = self._links.get(identity)
-        if link is not None:
-            link.seen_s = self._loop.time()
+    def _heartbeat(self, identity: bytes, link: _Link | None, message: Heartbeat) -> None:
+        known = link is not None and link.is_of(message)
+        if known:
             self._feed(
                 EngineReported(
                     message.engine_id, message.incarnation, message.stats, message.progress
                 )
             )
-        known = link is not None
         self._to_engine(identity, DaemonBeat(self.daemon_id, known, self._config.heartbeat_s))
 
     def _unlink(self, link: _Link, reason: str) -> None:
@@ -624,7 +720,14 @@ class Daemon:
     def _on_beat(self) -> None:
         """Once per heartbeat: who has gone silent, and what waits to be sent."""
         config, now = self._config, self._loop.time()
-        self._beat = self._loop.call_later(config.heartbeat_s, self._on_beat)
+        # Time in which this process stood still (stopped, starved) is nobody else's silence: what
+        # they sent meanwhile has not been read yet.
+        late_s = now - self._next_beat_s
+        if late_s > config.heartbeat_s:
+            for peer in (*self._links.values(), *self._clients.values()):
+                peer.seen_s += late_s
+        self._next_beat_s = now + config.heartbeat_s
+        self._beat = self._loop.call_at(self._next_beat_s, self._on_beat)
         for link in list(self._links.values()):
             if now - link.seen_s > config.engine_timeout_s:
                 self._unlink(link, f"no heartbeat for {now - link.seen_s:.1f} s")
@@ -639,7 +742,7 @@ class Daemon:
         while client.outbox:
             if self._front.try_send((client.identity, *client.outbox[0])) is Sent.FULL:
                 return
-            client.outbox.popleft()
+            client.outbox_bytes -= sum(map(len, client.outbox.popleft()))
 
     def status(self) -> dict[str, Any]:
         """What `chimera status` shows, as plain values."""

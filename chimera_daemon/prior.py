@@ -176,7 +176,8 @@ class PriorPredictor:
                 kind = "other"
             self._kinds.add(kind)
         keys = ((model, "", -1), (model, kind, -1), (model, kind, min(stage, _MAX_STAGE)))
-        return [self._cells.setdefault(key, _Cell()) for key in keys]
+        cells = self._cells
+        return [cells.get(key) or cells.setdefault(key, _Cell()) for key in keys]
 
     def _refresh(self, key: tuple[str, int]) -> tuple[int, Prediction]:
         kind, stage = key

@@ -1,9 +1,12 @@
 """Puts a daemon and its supervisor together and runs them until a signal says stop."""
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
+from collections.abc import Coroutine
+from typing import Any
 
 import uvloop
 
@@ -25,6 +28,10 @@ def serve(config: Config, *, keep_engines: bool = False) -> int:
     SIGTERM or SIGINT: drain, then stop; once more: stop at once. SIGHUP: print the state to
     standard error. With ``keep_engines`` the hosts stay for the next daemon on these addresses.
     """
+    # Requests come and go by reference count; cycles are rare, so look for them rarely.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
     return uvloop.run(_serve(config, keep_engines))
 
 
@@ -41,17 +48,29 @@ async def _serve(config: Config, keep_engines: bool) -> int:
     stop, at_once = asyncio.Event(), asyncio.Event()
     _on_signals(stop, at_once, daemon)
 
-    await _until_stopped(stop, config, supervisor)
-    log.info("draining, for at most %g s", config.drain_s)
-    drained = asyncio.ensure_future(daemon.drain())
-    await asyncio.wait(
-        (drained, asyncio.ensure_future(at_once.wait())), return_when=asyncio.FIRST_COMPLETED
-    )
-    drained.cancel()
-    await supervisor.stop(keep_engines=keep_engines)
+    await _until_stopped(stop, config, supervisor, daemon)
+    if stop.is_set():
+        log.info("draining, for at most %g s", config.drain_s)
+        await _unless(at_once, daemon.drain())
+    # Answers leave and engines stop while the sockets are still open.
+    daemon.give_up()
+    await _unless(at_once, supervisor.stop(keep_engines=keep_engines))
+    if not keep_engines:
+        supervisor.kill()
     daemon.close()
     log.info("stopped")
     return EXIT_OK if stop.is_set() else EXIT_NO_ENGINE_LEFT
+
+
+async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
+    """Do this work, but stop in the middle of it when the event happens."""
+    tasks = (asyncio.ensure_future(work), asyncio.ensure_future(event.wait()))
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(outcome, Exception):
+            log.error("while stopping: %r", outcome)
 
 
 def _on_signals(stop: asyncio.Event, at_once: asyncio.Event, daemon: Daemon) -> None:
@@ -69,12 +88,15 @@ def _on_signals(stop: asyncio.Event, at_once: asyncio.Event, daemon: Daemon) -> 
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
 
 
-async def _until_stopped(stop: asyncio.Event, config: Config, supervisor: Supervisor) -> None:
-    """Until a signal, or until no engine of the configuration is left that could ever serve."""
+async def _until_stopped(
+    stop: asyncio.Event, config: Config, supervisor: Supervisor, daemon: Daemon
+) -> None:
+    """Until a signal, or until no engine is left and none of the configuration will ever come."""
     while not stop.is_set():
         try:
             await asyncio.wait_for(stop.wait(), 1.0)
         except TimeoutError:
-            if config.engines and len(supervisor.gave_up) == len(config.engines):
+            hopeless = config.engines and len(supervisor.gave_up) == len(config.engines)
+            if hopeless and not daemon.engines_of():
                 log.error("no engine could be started; stopping")
                 return

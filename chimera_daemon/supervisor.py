@@ -30,6 +30,7 @@ _BACKOFF_S = (0.2, 1.0, 2.0, 5.0, 10.0, 30.0)
 _PROVEN_S = 60.0
 _STOP_S = 15.0  # from asking to killing
 _ORPHAN_S = 120.0  # a host without any daemon for so long ends itself
+_LOOK_S = 1.0  # between looks whether a host that runs is also heard of
 _POLL_S = 0.2  # adopted hosts are no children of ours: their end has to be looked for
 # Exit codes of hosts after which a restart cannot help; see `engines/host.py`.
 _HOPELESS = {3: "it cannot start as configured", 6: "it speaks another protocol version"}
@@ -42,7 +43,9 @@ class _Slot(Struct, eq=False):
 
     engine: EngineConfig
     state: EngineState = "looking"
-    pid: int = 0
+    pid: int = 0  # of the host that is watched
+    here: int = 0  # of the host that is registered with the daemon, which may be another one
+    left_s: float = 0.0
     failures: int = 0  # in a row
     starts: int = 0
     ready_s: float = 0.0
@@ -52,15 +55,15 @@ class _Slot(Struct, eq=False):
 class Supervisor(EngineWatcher):
     """Starts one host per engine of the configuration; `Daemon` tells it who joined and left.
 
-    ``lost(engine_id, reason)`` is called when a process has ended, so that the daemon need not wait
-    for missing heartbeats.
+    ``lost(engine_id, pid, reason)`` is called when a process has ended, so that the daemon need not
+    wait for missing heartbeats.
     """
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._slots = {e.name: _Slot(e) for e in config.engines}
         self._tasks: list[asyncio.Task[None]] = []
-        self.lost: Callable[[str, str], None] = lambda engine_id, reason: None
+        self.lost: Callable[[str, int, str], None] = lambda engine_id, pid, reason: None
 
     def start(self) -> None:
         """Begin to supervise, on the running loop."""
@@ -70,14 +73,15 @@ class Supervisor(EngineWatcher):
         """See `EngineWatcher`."""
         slot = self._slots.get(engine_id)
         if slot is not None:
-            if slot.state in ("looking", "backoff") and pid:
-                slot.pid = pid
+            slot.here = pid
             slot.joined.set()
 
     def left(self, engine_id: str) -> None:
         """See `EngineWatcher`."""
         slot = self._slots.get(engine_id)
         if slot is not None:
+            slot.here = 0
+            slot.left_s = asyncio.get_running_loop().time()
             slot.joined.clear()
 
     def snapshot(self) -> list[dict[str, Any]]:
@@ -112,16 +116,18 @@ class Supervisor(EngineWatcher):
         end = asyncio.get_running_loop().time() + _STOP_S
         while any(_alive(pid) for pid in pids) and asyncio.get_running_loop().time() < end:
             await asyncio.sleep(_POLL_S / 4)
-        for pid in pids:
-            _kill_group(pid)
+        self.kill()
+
+    def kill(self) -> None:
+        """End all hosts and what they have started, at once; after `stop`."""
+        for slot in self._slots.values():
+            if slot.pid:
+                _kill_group(slot.pid)
+                slot.pid = 0
 
     async def _keep(self, slot: _Slot) -> None:
         """The life of one engine, until it is given up or supervision ends."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(slot.joined.wait(), _ADOPT_S)
-        if slot.pid:
-            log.info("engine %s is here already (pid %d): adopted", slot.engine.name, slot.pid)
-            await self._while_ready(slot, self._until_gone(slot.pid))
+        await self._adopt(slot, _ADOPT_S)
         while True:
             why = await self._run_once(slot)
             if slot.failures > self._config.max_restarts or why in _HOPELESS.values():
@@ -137,15 +143,31 @@ class Supervisor(EngineWatcher):
             slot.state = "backoff"
             wait_s = _BACKOFF_S[min(slot.failures, len(_BACKOFF_S)) - 1]
             log.warning("engine %s: %s; starts again in %g s", slot.engine.name, why, wait_s)
-            await asyncio.sleep(wait_s)
+            await self._adopt(slot, wait_s)
+
+    async def _adopt(self, slot: _Slot, wait_s: float) -> None:
+        """Wait, and if a host of this name joins meanwhile, watch that one until it has ended."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + wait_s
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(slot.joined.wait(), wait_s)
+        if not _is_host(slot.here):
+            await asyncio.sleep(end - loop.time())
+            return
+        slot.pid = slot.here
+        log.info("engine %s is here already (pid %d): adopted", slot.engine.name, slot.pid)
+        await self._while_ready(slot, asyncio.ensure_future(_until_gone(slot.pid)))
 
     async def _run_once(self, slot: _Slot) -> str:
         """Start the host, wait until it has ended, return why."""
         slot.state = "starting"
         slot.starts += 1
         slot.joined.clear()
-        process = await self._spawn(slot.engine)
-        slot.pid = process.pid
+        try:
+            process = await self._spawn(slot)
+        except OSError as error:
+            slot.failures += 1
+            return f"cannot be started: {error}"
         ended = asyncio.ensure_future(process.wait())
         joined = asyncio.ensure_future(slot.joined.wait())
         try:
@@ -154,39 +176,55 @@ class Supervisor(EngineWatcher):
                 timeout=self._config.ready_s,
                 return_when=asyncio.FIRST_COMPLETED,
             )
-            if not ended.done() and not joined.done():
-                _kill_group(process.pid)
-                await ended
-                slot.failures += 1
-                return f"not ready within {self._config.ready_s:g} s (`ready_s`)"
-            if joined.done():
-                await self._while_ready(slot, ended)
-            else:
-                slot.failures += 1
-            code = await ended
         finally:
             joined.cancel()
-        _kill_group(process.pid)
+        if slot.joined.is_set():
+            await self._while_ready(slot, ended)
+        else:
+            slot.failures += 1
+            late = not ended.done()
+            self._clear(slot)
+            await ended
+            if late:
+                return f"not ready within {self._config.ready_s:g} s (`ready_s`)"
+        code = ended.result()
         if code in _HOPELESS:
             return _HOPELESS[code]
         return f"ended with code {code}" if code >= 0 else f"killed by signal {-code}"
 
-    async def _while_ready(self, slot: _Slot, ended: "asyncio.Future[Any] | Any") -> None:
+    async def _while_ready(self, slot: _Slot, ended: "asyncio.Future[Any]") -> None:
         """Wait for the end of a host that was ready, and clear away what it leaves."""
         loop = asyncio.get_running_loop()
         slot.state = "ready"
         slot.ready_s = loop.time()
-        await asyncio.shield(asyncio.ensure_future(ended))
+        while not ended.done():
+            await asyncio.wait((ended,), timeout=_LOOK_S)
+            if not slot.joined.is_set() and loop.time() - slot.left_s > self._config.ready_s:
+                log.error("engine %s hangs: killed", slot.engine.name)
+                _kill_group(slot.pid)
+                await ended
         proven = loop.time() - slot.ready_s >= _PROVEN_S
         slot.failures = 1 if proven else slot.failures + 1
-        _kill_group(slot.pid)
-        self.lost(slot.engine.name, f"its process {slot.pid} has ended")
+        self._clear(slot)
 
-    async def _until_gone(self, pid: int) -> None:
-        while _alive(pid):
-            await asyncio.sleep(_POLL_S)
+    def _clear(self, slot: _Slot) -> None:
+        """Leave nothing of this host; its number may belong to another process from now on."""
+        pid, slot.pid = slot.pid, 0
+        _kill_group(pid)
+        self.lost(slot.engine.name, pid, f"its process {pid} has ended")
 
-    async def _spawn(self, engine: EngineConfig) -> asyncio.subprocess.Process:
+    async def _spawn(self, slot: _Slot) -> asyncio.subprocess.Process:
+        """Start a host; when cancelled, not before its number is known to `stop`."""
+        spawning = asyncio.ensure_future(self._execute(slot.engine))
+        try:
+            process = await asyncio.shield(spawning)
+        except asyncio.CancelledError:
+            slot.pid = (await spawning).pid
+            raise
+        slot.pid = process.pid
+        return process
+
+    async def _execute(self, engine: EngineConfig) -> asyncio.subprocess.Process:
         spec = msgspec.json.encode(engine).decode()
         command = [sys.executable, "-m", "chimera_daemon", "engine"]
         command += ["--spec", spec, "--connect", self._config.back, "--orphan-s", str(_ORPHAN_S)]
@@ -227,6 +265,26 @@ def _alive(pid: int) -> bool:
     except (OSError, IndexError):
         return False
     return state not in "ZX"
+
+
+def _is_host(pid: int) -> bool:
+    """Whether a host of ours runs here under this number: it leads a group, and says what it is.
+
+    A host that joins from another machine gives a number that means something else here.
+    """
+    try:
+        return (
+            pid > 1
+            and os.getpgid(pid) == pid != os.getpgrp()
+            and b"chimera" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+    except OSError:
+        return False
+
+
+async def _until_gone(pid: int) -> None:
+    while _alive(pid):
+        await asyncio.sleep(_POLL_S)
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

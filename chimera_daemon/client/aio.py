@@ -162,7 +162,9 @@ class Client:
         ``"math"``). ``workflow_id``, 1 to 128 characters, must be unique; None makes one up.
         """
         self._workflows += 1
-        return Workflow(self, workflow_id or f"{self.client_id[:16]}-{self._workflows}", kind)
+        if workflow_id is None:
+            workflow_id = f"{self.client_id[:16]}-{self._workflows}"
+        return Workflow(self, workflow_id, kind)
 
     def submit(
         self,
@@ -254,9 +256,6 @@ class Client:
         if self._closed:
             return
         self._closed = True
-        if self._link.up:
-            for request_id in self._pending:
-                self._link.send((encode(Cancel(request_id=request_id)),))
         self._fail_all(lambda: ClientClosed("the client was closed"))
         self._ready.cancel()
         self._link.close(_LINGER_MS)
@@ -340,11 +339,13 @@ class Client:
             self._cancels[request_id] = None
 
     def _fail_all(self, error: Callable[[], ChimeraError]) -> None:
+        """Settle everything with an error of its own, and let the daemon know."""
         pending, self._pending = self._pending, {}
         asks, self._asks = self._asks, {}
         for request in pending.values():
             if request.timer is not None:
                 request.timer.cancel()
+            self._send_cancel(request.request_id)
             request.fail(error())
         for ask in asks.values():
             ask.fail(error())
@@ -519,7 +520,9 @@ class Client:
 
 
 class Workflow:
-    """One agent task: a chain of stages, numbered as they are submitted. Not to be made directly.
+    """One agent task: a chain of stages, numbered as they are asked for.
+
+    Made by `Client.workflow`, on the same loop.
 
     Leaving its block closes it without an outcome unless `close` was called.
     """
@@ -562,6 +565,7 @@ class Workflow:
         max_tokens: int = 256,
         temperature: float = 0.0,
         model: str | None = None,
+        stage: int | None = None,
         hints: Hints | None = None,
         timeout_s: float | None = None,
         restart: bool = False,
@@ -572,13 +576,14 @@ class Workflow:
 
         ``messages`` are OpenAI chat messages; ``sampling`` is passed to the engine (``top_p``,
         ``stop``, ...). ``model`` pins the stage to a model, None lets the policy choose.
+        ``stage`` is only needed to repeat one that failed: None takes the next number.
         ``timeout_s`` bounds the whole call, retries included; then the request is cancelled and
         `RequestTimeout` raised. ``retries``: how often an error that is ``retryable`` is tried
         again, after ``retry_after_s`` if the daemon gave it, else 0.1 s, doubling up to 5 s.
         Cancelling the task cancels the request. Raises a subclass of `ChimeraError`.
         """
         payload = _payload(messages, max_tokens, temperature, sampling)
-        stage = self._next_stage()
+        stage = self._number(stage)
         deadline = None if timeout_s is None else self._client.loop.time() + timeout_s
         backoff_s = _BACKOFF_S
         while True:
@@ -613,6 +618,7 @@ class Workflow:
         max_tokens: int = 256,
         temperature: float = 0.0,
         model: str | None = None,
+        stage: int | None = None,
         hints: Hints | None = None,
         timeout_s: float | None = None,
         restart: bool = False,
@@ -622,7 +628,7 @@ class Workflow:
         return self._client.submit(
             _payload(messages, max_tokens, temperature, sampling),
             workflow_id=self.id,
-            stage=self._next_stage(),
+            stage=self._number(stage),
             kind=self.kind,
             model=model,
             max_tokens=max_tokens,
@@ -638,6 +644,7 @@ class Workflow:
         max_tokens: int = 256,
         temperature: float = 0.0,
         model: str | None = None,
+        stage: int | None = None,
         hints: Hints | None = None,
         timeout_s: float | None = None,
         restart: bool = False,
@@ -651,7 +658,7 @@ class Workflow:
         return self._client.stream(
             _payload(messages, max_tokens, temperature, sampling),
             workflow_id=self.id,
-            stage=self._next_stage(),
+            stage=self._number(stage),
             kind=self.kind,
             model=model,
             max_tokens=max_tokens,
@@ -676,11 +683,12 @@ class Workflow:
         outcome = None if success is None else float(success)
         await self._client.close_workflow(self.id, outcome, timeout_s)
 
-    def _next_stage(self) -> int:
+    def _number(self, stage: int | None) -> int:
         if self.closed:
             raise WorkflowClosed(f"workflow {self.id} is closed")
-        stage = self.stage
-        self.stage += 1
+        if stage is None:
+            stage = self.stage
+        self.stage = max(self.stage, stage + 1)
         return stage
 
 

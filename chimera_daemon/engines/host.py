@@ -16,6 +16,7 @@ import secrets
 import signal
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from types import FrameType
 from typing import Any, assert_never
 
@@ -64,6 +65,8 @@ _SEND_HWM = 4096
 # Answers kept while the daemon does not take them: about a minute of a busy engine.
 _OUTBOX_MESSAGES = 65_536
 _OUTBOX_BYTES = 64 << 20
+# A header has a bound (`wire.MAX_HEADER_BYTES`); an entry takes at most 14 bytes.
+_MAX_PROGRESS = 4096
 # ZeroMQ's own heartbeat, which finds a daemon's machine that went away without closing anything.
 _PING_MS = 5_000
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -106,6 +109,18 @@ class Host:
         self._draining = False
         self._stopped: asyncio.Future[int] | None = None
         self._channel: Channel | None = None
+
+    @property
+    def running(self) -> int:
+        """Attempts that the daemon waits for."""
+        return len(self._attempts)
+
+    @property
+    def exit_code(self) -> int | None:
+        """None until the host has decided to leave."""
+        if self._stopped is None or not self._stopped.done():
+            return None
+        return self._stopped.result()
 
     # --- life --------------------------------------------------------------------------------
 
@@ -257,10 +272,10 @@ class Host:
             log.error("%s: no word from %s for %.1f s", self.engine.name, self._address, silent_s)
             self._leave(EXIT_ORPHANED)
             return
-        if self._draining:
-            sent = True  # a registration now would undo the one before
-        elif self._known:
+        if self._known:
             sent = self._send(self._heartbeat())
+        elif self._draining:
+            sent = True  # a registration now would call for work again
         else:
             sent = self._send(self._registration())
         after_s = self._beat_s if sent else min(self._beat_s, _CONNECT_S)
@@ -281,11 +296,14 @@ class Host:
         )
 
     def _heartbeat(self) -> Heartbeat:
+        progress = self._backend.progress()
+        if len(progress) > _MAX_PROGRESS:
+            progress = dict(islice(progress.items(), _MAX_PROGRESS))
         return Heartbeat(
             engine_id=self.engine.name,
             incarnation=self.incarnation,
             stats=self._backend.stats(),
-            progress=self._backend.progress(),
+            progress=progress,
         )
 
     # --- from the daemon ---------------------------------------------------------------------
@@ -337,8 +355,7 @@ class Host:
             self._leave(EXIT_VERSION)
             return
         self._heard_at = self._loop.time()
-        if 0.001 <= beat.heartbeat_s <= 3600.0:
-            self._beat_s = beat.heartbeat_s
+        self._set_beat(beat.heartbeat_s)
         restarted = self._daemon_id not in ("", beat.daemon_id)
         if restarted or (self._known and not beat.known):
             self._forget(beat.daemon_id)
@@ -349,6 +366,14 @@ class Host:
             self._send(self._registration())
         if self._outbox:
             self._flush()
+
+    def _set_beat(self, beat_s: float) -> None:
+        if beat_s == self._beat_s or not 0.001 <= beat_s <= 3600.0:
+            return
+        self._beat_s = beat_s
+        if self._beat_timer is not None:
+            self._beat_timer.cancel()
+            self._beat_timer = self._loop.call_later(beat_s, self._beat)
 
     def _forget(self, daemon_id: str) -> None:
         """Nobody waits for the attempts here any more."""

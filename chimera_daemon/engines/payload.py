@@ -75,7 +75,7 @@ def decode_body(payload: bytes) -> ChatBody:
     try:
         return _decode(payload)
     except msgspec.DecodeError as error:  # ValidationError included: its message has the path
-        raise PayloadError(f"payload is not a usable chat body: {error}") from error
+        raise PayloadError(f"payload is not a usable JSON chat body: {error}") from error
     except (UnicodeDecodeError, RecursionError) as error:
         raise PayloadError(f"payload is not JSON in UTF-8: {error}") from error
 

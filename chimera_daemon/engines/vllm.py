@@ -45,7 +45,7 @@ _NOT_INSTALLED = (
     "the lock file requirements/cpu.lock"
 )
 # Of a CPU engine, unless configured: vLLM by itself would take most of the machine's memory.
-_CPU_KV_CACHE_BYTES = 1 << 30
+_CPU_KV_CACHE_BYTES = 512 << 20
 _WATCH_S = 0.25  # between looks whether the engine is alive
 # A longer payload is tokenised on a thread: the loop has other attempts to serve meanwhile.
 _TOKENISE_INLINE_BYTES = 16 << 10

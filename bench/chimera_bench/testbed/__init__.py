@@ -1,1 +1,1 @@
-"""The testbed: small generated tasks, tiny real models trained on them, and the workflows they run."""
+"""The testbed: generated tasks, tiny real models trained on them, and their workflows."""

@@ -1,7 +1,7 @@
 """Math problems: a start value and a chain of exact integer operations, put into words.
 
-Owns the vocabulary, the generator, the wording and the worked solution. Values stay within
-[0, MAX_VALUE] at every step, so that each step alone is easy and the chain's length is what is hard.
+Owns the vocabulary, the generator, the wording and the equations. Values stay within
+(0, MAX_VALUE] at every step, so each step alone is easy and the chain's length is what is hard.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ import random
 from chimera_bench.testbed.steps import Step
 
 MAX_VALUE = 99
+# Largest operand of + and - by difficulty 1..6, so that size shows as well as count.
+TASK_LIMITS = (9, 9, 9, 20, 20, 20)
+# What models see first in training: sums beyond the tasks', so that the tasks' own come easier.
+WIDE_LIMITS = (9, 9, 30, 30, 60, 60)
 SYMBOL = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 
 _PLAIN = {
@@ -54,41 +58,40 @@ def trace(start: int, steps: tuple[Step, ...]) -> list[int]:
     return values
 
 
-def _operand_limit(difficulty: int) -> int:
-    """Largest operand of + and -: numbers grow with the difficulty, so size shows as well as count."""
-    return 9 if difficulty <= 2 else 30 if difficulty <= 4 else 60
-
-
-def _draw_step(rng: random.Random, value: int, difficulty: int) -> Step:
+def _draw_step(rng: random.Random, value: int, limit: int) -> Step:
     """One step that keeps the value within bounds."""
-    limit = _operand_limit(difficulty)
     while True:
         op = rng.choice(("add", "add", "sub", "sub", "mul", "div"))
-        arg = rng.randint(2, limit) if op in ("add", "sub") else rng.randint(2, 9 - 4 * (op == "div"))
-        step = Step(op, arg)
-        if op == "div" and value % arg:
+        step = Step(op, rng.randint(2, {"mul": 9, "div": 5}.get(op, limit)))
+        if op == "div" and value % step.arg:
             continue
         if 0 < apply(step, value) <= MAX_VALUE:
             return step
 
 
-def drill(rng: random.Random, count: int) -> list[tuple[str, str]]:
+def drill(
+    rng: random.Random, count: int, limits: tuple[int, ...] = TASK_LIMITS
+) -> list[tuple[str, str]]:
     """`count` single equations, each cut behind its equals sign: (`47+35=`, `82`)."""
     rows = []
     for _ in range(count):
         value = rng.randint(1, MAX_VALUE)
-        text = equation(_draw_step(rng, value, rng.choice((1, 4, 6, 6))), value)
+        step = _draw_step(rng, value, rng.choice((limits[0], limits[3], limits[5], limits[5])))
+        text = equation(step, value)
         left, _, result = text.partition("=")
         rows.append((f"{left}=", result))
     return rows
 
 
-def draw(rng: random.Random, difficulty: int) -> tuple[int, tuple[Step, ...]]:
+def draw(
+    rng: random.Random, difficulty: int, limits: tuple[int, ...] = TASK_LIMITS
+) -> tuple[int, tuple[Step, ...]]:
     """A start value and `difficulty` steps."""
-    start = rng.randint(2, _operand_limit(difficulty))
+    limit = limits[difficulty - 1]
+    start = rng.randint(2, limit)
     value, steps = start, []
     for _ in range(difficulty):
-        steps.append(_draw_step(rng, value, difficulty))
+        steps.append(_draw_step(rng, value, limit))
         value = apply(steps[-1], value)
     return start, tuple(steps)
 

@@ -1,7 +1,7 @@
 """Training conversations: messages, and which assistant turns are worth learning from.
 
-Half of the verifier workflows carry an injected mistake. The mistaken solution is context, never target:
-a model learns to see mistakes, not to make them.
+Half of the verifier workflows carry an injected mistake. The mistaken solution is context, never
+target: a model learns to see mistakes, not to make them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import msgspec
 
 from chimera_bench.testbed import oracle, workflows
+from chimera_bench.testbed.arithmetic import TASK_LIMITS
 from chimera_bench.testbed.tasks import Task, stream
 from chimera_bench.testbed.workflows import Message
 
@@ -26,10 +27,10 @@ class Conversation(msgspec.Struct, frozen=True):
     learn: tuple[bool, ...]
 
 
-def conversations(seed: int) -> Iterator[Conversation]:
-    """Training conversations without end, from the train split."""
+def conversations(seed: int, limits: tuple[int, ...] = TASK_LIMITS) -> Iterator[Conversation]:
+    """Training conversations without end, from the train split; `limits` bounds the operands."""
     rng = random.Random(f"corpus:{seed}")
-    for task in stream("train", seed):
+    for task in stream("train", seed, limits=limits):
         name = rng.choices(list(_SHAPE_WEIGHTS), list(_SHAPE_WEIGHTS.values()))[0]
         yield conversation(task, name, rng)
 

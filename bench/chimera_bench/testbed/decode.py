@@ -36,7 +36,8 @@ class Speaker:
         answers = [""] * len(texts)
         for at in range(0, len(order), batch):
             picked = order[at : at + batch]
-            for i, text in zip(picked, self._generate([texts[i] for i in picked], max_tokens), strict=True):
+            made = self._generate([texts[i] for i in picked], max_tokens)
+            for i, text in zip(picked, made, strict=True):
                 answers[i] = text
         return answers
 
@@ -66,7 +67,7 @@ class Speaker:
 def run_workflows(
     speakers: Sequence[Speaker], tasks: Sequence[Task], shape_name: str
 ) -> list[list[str]]:
-    """Outputs of every stage of every task; stage i is answered by `speakers[i % len(speakers)]`."""
+    """Outputs of every stage of every task; stage i is for `speakers[i % len(speakers)]`."""
     form = shape(shape_name)
     outputs: list[list[str]] = [[] for _ in tasks]
     for stage, max_tokens in enumerate(form.max_tokens):

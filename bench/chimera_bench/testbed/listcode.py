@@ -1,7 +1,7 @@
-"""Code problems: a pipeline over a list of integers in words, to be written as one Python expression.
+"""Code problems: a pipeline over a list of integers in words, to be written as a Python expression.
 
-Owns the vocabulary, the generator, the wording and the reference program. The reference program nests
-the steps inside out, so a writer must reverse and bracket them: the longer the pipeline, the harder.
+Owns the vocabulary, the generator, the wording and the reference program. That program nests the
+steps inside out, so a writer must reverse and bracket them: the longer the pipeline, the harder.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def draw(
 
 
 def word(rng: random.Random, steps: tuple[Step, ...], difficulty: int) -> str:
-    """The pipeline in words; from difficulty 3 on, sometimes with two steps told in swapped order."""
+    """The pipeline in words; from difficulty 3 on, sometimes with two steps told out of order."""
     parts = [rng.choice(_WORDS[s.op]).format(k=s.arg) for s in steps[:-1]]
     if difficulty >= 3 and rng.random() < 0.4:
         i = rng.randrange(len(parts) - 1)

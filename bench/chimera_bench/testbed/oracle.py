@@ -1,7 +1,7 @@
 """What a perfect model would answer at each stage, and solutions with one injected mistake.
 
-Training text comes from here; nothing of it is ever shown to an engine. A mistake is carried through the
-rest of the solution, as a model's own mistake would be.
+Training text comes from here; nothing of it is ever shown to an engine. A mistake is carried
+through the rest of the solution, as a model's own mistake would be.
 """
 
 from __future__ import annotations

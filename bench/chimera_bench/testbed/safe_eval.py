@@ -1,8 +1,8 @@
 """Runs an untrusted expression over a list `xs` within fixed bounds.
 
 A whitelist of syntax, walked by our own interpreter: no names but `xs`, `x` and six functions, no
-attributes, no strings, no `eval`. Text length, work, list length and value magnitude are bounded, so a
-hostile answer costs at most a few milliseconds.
+attributes, no strings, no `eval`. Text length, work, list length and value magnitude are bounded,
+so a hostile answer costs at most some tens of milliseconds.
 """
 
 from __future__ import annotations

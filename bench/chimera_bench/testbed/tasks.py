@@ -56,7 +56,7 @@ def generate(
     kinds: Sequence[Kind] = KINDS,
     difficulties: Sequence[int] = DIFFICULTIES,
 ) -> list[Task]:
-    """`count` tasks of a split: kinds and difficulties uniform at random, the same for the same seed."""
+    """`count` tasks of a split, kinds and difficulties uniform; the same for the same seed."""
     tasks = stream(split, seed, kinds, difficulties)
     return [next(tasks) for _ in range(count)]
 
@@ -66,20 +66,27 @@ def stream(
     seed: int = 0,
     kinds: Sequence[Kind] = KINDS,
     difficulties: Sequence[int] = DIFFICULTIES,
+    limits: tuple[int, ...] = arithmetic.TASK_LIMITS,
 ) -> Iterator[Task]:
-    """Tasks of a split without end; `generate` takes from the front of this stream."""
+    """Tasks of a split without end; `generate` takes from the front of this stream.
+
+    `limits` bounds the operands of math tasks; only training passes other than the tasks' own.
+    """
     rng = random.Random(f"{split}:{seed}")
     number = 0
     while True:
-        task = _draw(rng, rng.choice(kinds), rng.choice(difficulties), f"{split}-{seed}-{number}")
+        kind, difficulty = rng.choice(kinds), rng.choice(difficulties)
+        task = _draw(rng, kind, difficulty, limits, f"{split}-{seed}-{number}")
         if split_of(task) == split:
             number += 1
             yield task
 
 
-def _draw(rng: random.Random, kind: Kind, difficulty: int, task_id: str) -> Task:
+def _draw(
+    rng: random.Random, kind: Kind, difficulty: int, limits: tuple[int, ...], task_id: str
+) -> Task:
     if kind == "math":
-        start, steps = arithmetic.draw(rng, difficulty)
+        start, steps = arithmetic.draw(rng, difficulty, limits)
         return Task(
             task_id=task_id,
             kind=kind,

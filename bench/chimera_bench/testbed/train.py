@@ -1,10 +1,10 @@
-"""Trains one testbed model from nothing on generated conversations and writes a folder stock vLLM serves.
+"""Trains one testbed model on generated conversations and writes a folder that stock vLLM serves.
 
 `python -m chimera_bench.testbed.train --size l --out DIR --minutes 30`
 
-Loss on the assistant's text only; bf16 autocast; Muon on the hidden matrices and AdamW on the rest, which
-learns in about half the tokens of AdamW alone; learning rate warm-up then cosine to zero. The run is seeded;
-`--steps` repeats a run exactly on the same machine, `--minutes` fits one into a time.
+Loss on the assistant's text only; bf16 autocast; Muon on the hidden matrices and AdamW on the
+rest; learning rate warm-up, then cosine to zero. `--seed` fixes weights and data, `--steps` the
+length; `--minutes` fits a run into a time instead.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from chimera_bench.testbed import tokenizer as vocabulary
-from chimera_bench.testbed.arithmetic import drill
+from chimera_bench.testbed.arithmetic import TASK_LIMITS, WIDE_LIMITS, drill
 from chimera_bench.testbed.corpus import Conversation, conversations
 
 _CORPUS_FOR_VOCABULARY = 4000  # conversations
@@ -40,7 +40,7 @@ _SNAPSHOT_MIN = 5.0
 
 
 class Size(msgspec.Struct, frozen=True):
-    """Shape and optimiser settings of one model; `head_dim` must be one vLLM's CPU attention has."""
+    """Shape and optimiser settings; hidden/heads must be a head size vLLM's CPU attention has."""
 
     hidden: int
     layers: int
@@ -53,9 +53,9 @@ class Size(msgspec.Struct, frozen=True):
 
 
 SIZES = {
-    "s": Size(64, 2, 2, 2, 192, 0.02, 3e-3, 4096),
-    "m": Size(128, 4, 4, 4, 384, 0.02, 2e-3, 4096),
-    "l": Size(192, 8, 6, 6, 512, 0.015, 1.5e-3, 4096),
+    "s": Size(96, 2, 3, 3, 256, 0.02, 3e-3, 2048),
+    "m": Size(96, 4, 3, 3, 256, 0.01, 1.5e-3, 1024),
+    "l": Size(96, 8, 3, 3, 256, 0.01, 1.5e-3, 1024),
 }
 
 
@@ -84,9 +84,27 @@ def build_model(size: Size, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausa
     return Qwen2ForCausalLM(config)
 
 
+def grow(small: Qwen2ForCausalLM, large: Qwen2ForCausalLM) -> None:
+    """Give `large` the function of `small`, of the same width and fewer layers.
+
+    Each layer is followed by copies of itself whose output projections are zero: they pass their
+    input on until training changes them (function-preserving growth, as in Net2Net).
+    """
+    factor, rest = divmod(large.config.num_hidden_layers, small.config.num_hidden_layers)
+    if rest or large.config.hidden_size != small.config.hidden_size:
+        raise ValueError("growth needs the same width and a multiple of the layers")
+    large.model.embed_tokens.load_state_dict(small.model.embed_tokens.state_dict())
+    large.model.norm.load_state_dict(small.model.norm.state_dict())
+    for i, layer in enumerate(large.model.layers):
+        layer.load_state_dict(small.model.layers[i // factor].state_dict())
+        if i % factor:
+            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+            torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+
+
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """The shared tokenizer: always from the same corpus, so equal for all sizes and seeds."""
-    talks = itertools.islice(conversations(seed=0), _CORPUS_FOR_VOCABULARY)
+    talks = itertools.islice(conversations(0, WIDE_LIMITS), _CORPUS_FOR_VOCABULARY)
     return vocabulary.build(m["content"] for talk in talks for m in talk.messages)
 
 
@@ -114,13 +132,15 @@ def encode(
     return rows
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, seed: int, batch_tokens: int) -> Iterator[Batch]:
+def batches(
+    tokenizer: PreTrainedTokenizerFast, seed: int, batch_tokens: int, limits: tuple[int, ...]
+) -> Iterator[Batch]:
     """Batches of at most about `batch_tokens` tokens, of conversations of similar length."""
-    source = conversations(seed)
+    source = conversations(seed, limits)
     rng = random.Random(f"batches:{seed}")
     while True:
         rows = encode(list(itertools.islice(source, _BUCKET)), tokenizer)
-        rows += [_drill_row(rng, tokenizer) for _ in range(_DRILLS)]
+        rows += [_drill_row(rng, tokenizer, limits) for _ in range(_DRILLS)]
         rows.sort(key=lambda row: len(row[0]))
         groups: list[list[tuple[list[int], list[int]]]] = [[]]
         for row in rows:
@@ -132,12 +152,12 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int, batch_tokens: int) ->
 
 
 def _drill_row(
-    rng: random.Random, tokenizer: PreTrainedTokenizerFast
+    rng: random.Random, tokenizer: PreTrainedTokenizerFast, limits: tuple[int, ...]
 ) -> tuple[list[int], list[int]]:
     """Single equations in one row; only what stands behind an equals sign is learnt."""
     ids = [tokenizer.convert_tokens_to_ids(vocabulary.ASSISTANT)]
     learn = [False]
-    for left, result in drill(rng, _DRILL_EQUATIONS):
+    for left, result in drill(rng, _DRILL_EQUATIONS, limits):
         for text, mark in ((left, False), (result + "\n", True)):
             piece = tokenizer.encode(text, add_special_tokens=False)
             ids += piece
@@ -160,7 +180,7 @@ def _pad(rows: list[tuple[list[int], list[int]]], pad_id: int) -> Batch:
 
 
 def loss_of(model: Qwen2ForCausalLM, batch: Batch) -> torch.Tensor:
-    """Mean cross entropy over the learnt tokens. Right padding needs no mask under causal attention."""
+    """Mean cross entropy over the learnt tokens; causal attention never sees right padding."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state  # [B, T, D]
         learnt = batch.targets != _IGNORE
@@ -202,21 +222,32 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def train(
-    size_name: str, seed: int, steps: int | None, minutes: float, out: Path
+    size_name: str,
+    seed: int,
+    steps: int | None,
+    minutes: float,
+    out: Path,
+    base: Path | None,
+    wide: bool,
 ) -> None:
     """Train one model for `steps`, or for `minutes` of wall time where steps is None, and save it.
 
-    Also saves every `_SNAPSHOT_MIN` minutes, so that a cut run leaves a usable model.
+    With `base`, starts from that trained model instead of from random weights. Also saves every
+    `_SNAPSHOT_MIN` minutes, so that a cut run leaves a usable model.
     """
     torch.manual_seed(seed)
     size = SIZES[size_name]
     tokenizer = build_tokenizer()
     model = build_model(size, tokenizer).train()
+    if base:
+        grow(Qwen2ForCausalLM.from_pretrained(base, dtype=torch.float32), model)
     optims = optimizers(model, size)
     peaks = [optim.param_groups[0]["lr"] for optim in optims]
+    limits = WIDE_LIMITS if wide else TASK_LIMITS
+    source = batches(tokenizer, seed + 1, size.batch_tokens, limits)
     begin, tokens, smooth, step = time.monotonic(), 0, math.nan, 0
     next_save_min = _SNAPSHOT_MIN
-    for step, batch in enumerate(batches(tokenizer, seed + 1, size.batch_tokens)):
+    for step, batch in enumerate(source):
         passed_min = (time.monotonic() - begin) / 60
         done = step / steps if steps else passed_min / minutes
         if done >= 1:
@@ -233,7 +264,8 @@ def train(
         smooth = loss.item() if step == 0 else 0.98 * smooth + 0.02 * loss.item()
         if passed_min >= next_save_min:
             next_save_min += _SNAPSHOT_MIN
-            save(out, model, tokenizer, _report(size_name, seed, step, tokens, begin, smooth, model))
+            report = _report(size_name, seed, step, tokens, begin, smooth, model)
+            save(out, model, tokenizer, report)
         if step % 50 == 0:
             speed = tokens / (60 * passed_min + 1e-9)
             print(
@@ -270,7 +302,7 @@ def _report(
 def save(
     folder: Path, model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, report: Report
 ) -> None:
-    """Write weights (bf16 safetensors), tokenizer, chat template, generation settings and report."""
+    """Write bf16 weights, tokenizer with chat template, generation settings and the report."""
     folder.mkdir(parents=True, exist_ok=True)
     copy = Qwen2ForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
@@ -294,10 +326,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20.0, help="wall time, without --steps")
     parser.add_argument("--steps", type=int, help="optimiser steps; overrides --minutes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--grow", type=Path, help="start from this model of equal width and as many or fewer layers"
+    )
+    parser.add_argument("--wide", action="store_true", help="larger operands than the tasks have")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train(args.size, args.seed, args.steps, args.minutes, args.out)
+    train(args.size, args.seed, args.steps, args.minutes, args.out, args.grow, args.wide)
 
 
 if __name__ == "__main__":

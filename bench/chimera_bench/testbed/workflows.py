@@ -1,7 +1,8 @@
 """The workflow shapes of the paper: solver, planner→solver, planner→solver→verifier→solver.
 
-A workflow is one conversation: every stage adds a user turn that names its job and the engine's answer,
-so each stage sees all that came before and may reuse its prefix. Pure functions; no clock, no models.
+A workflow is one conversation: every stage adds a user turn that names its job and the engine's
+answer, so each stage sees all that came before and may reuse its prefix. Pure functions; no clock,
+no models.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def messages_for(
     Raises ValueError where the number of outputs is not the stage's number.
     """
     if len(outputs_so_far) != stage_index or stage_index >= len(shape.stages):
-        raise ValueError(f"stage {stage_index} needs {stage_index} outputs, got {len(outputs_so_far)}")
+        have = len(outputs_so_far)
+        raise ValueError(f"stage {stage_index} of {shape.name} cannot follow {have} outputs")
     messages = [_user(f"{INSTRUCTION[shape.stages[0]]} {task.prompt}")]
     for stage, output in zip(shape.stages[1:], outputs_so_far, strict=False):
         messages += [{"role": "assistant", "content": output}, _user(INSTRUCTION[stage])]

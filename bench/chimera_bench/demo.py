@@ -1,0 +1,210 @@
+"""`chimera demo`: its options, and what a user sees of it. Imports nothing heavy until it runs."""
+
+import argparse
+import logging
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from chimera_daemon import config as configuration
+from chimera_daemon import policy
+
+if TYPE_CHECKING:
+    from chimera_bench.experiment import Plan
+
+_EXIT_FAILED = 1
+_EXIT_TERMINATED = 143
+_TESTBED = Path(__file__).parent / "testbed" / "testbed.toml"
+
+# One run takes a little longer than its arrivals: the last ones still have to be answered.
+_ARRIVALS_S = 20.0
+_CALIBRATION_S = 12.0
+_QUICK_ARRIVALS_S = 6.0
+_QUICK_CALIBRATION_S = 6.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `chimera demo`."""
+    parser.add_argument(
+        "--policies",
+        metavar="A,B,...",
+        help=f"of: {', '.join(policy.NAMES)} (default: chimera, paper, least_loaded and static for "
+        "the first and the last model; with --chaos: chimera)",
+    )
+    parser.add_argument(
+        "--workflows",
+        type=int,
+        metavar="N",
+        help=f"workflows per policy (default: what arrives in {_ARRIVALS_S:g} s)",
+    )
+    parser.add_argument(
+        "--load",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="arrival rate as a share of the capacity that a calibration finds under uniform "
+        "routing (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        metavar="R",
+        help="arrival rate in workflows/s instead, without calibration",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=1,
+        metavar="S",
+        help="of tasks, shapes, arrivals and tool gaps (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="K",
+        help="repeat everything with seeds S, S+1, ... (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--engines", metavar="A,B,...", help="engines of the configuration to use (default: all)"
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="TOML", help="engines and models (default: the testbed)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for rows, plot and logs (default: runs/demo-TIME)",
+    )
+    parser.add_argument(
+        "--chaos",
+        action="store_true",
+        help="kill the busiest engine host with SIGKILL under load, and show what became of it all",
+    )
+    parser.add_argument("--quick", action="store_true", help="a short run; wide intervals")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demo; 0 if nothing was lost and no engine failed (other than by ``--chaos``)."""
+    try:
+        import matplotlib  # noqa: F401
+        import numpy  # noqa: F401
+        import rich  # noqa: F401
+    except ImportError as error:
+        raise configuration.ConfigError(
+            f"{error}; the demo needs: pip install 'chimera-daemon[bench]'"
+        ) from error
+    from chimera_bench.cluster import ClusterError
+    from chimera_bench.experiment import Terminated, conduct
+
+    # The demo says by itself what goes on; its client may only say what went wrong.
+    for name in ("chimera", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    chosen = plan(arguments)
+    try:
+        return 0 if conduct(chosen) else _EXIT_FAILED
+    except ClusterError as error:
+        print(f"chimera demo: {error}\nlogs: {chosen.out / 'logs'}")
+        return _EXIT_FAILED
+    except Terminated:
+        return _EXIT_TERMINATED
+
+
+def plan(arguments: argparse.Namespace) -> "Plan":
+    """Options as one checked plan; raises `ConfigError`."""
+    from chimera_bench.experiment import Plan
+
+    for name in ("workflows", "load", "rate", "seeds"):
+        value = getattr(arguments, name)
+        if value is not None and value <= 0:
+            raise configuration.ConfigError(f"--{name} must be positive, not {value}")
+    config = _config(arguments.config or _TESTBED, arguments.engines)
+    now = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Plan(
+        config=config,
+        policies=_policies(arguments.policies, arguments.chaos, config),
+        out=arguments.out or Path("runs") / f"demo-{now}",
+        load=arguments.load,
+        rate_per_s=arguments.rate,
+        workflows=arguments.workflows,
+        arrivals_s=_QUICK_ARRIVALS_S if arguments.quick else _ARRIVALS_S,
+        calibration_s=_QUICK_CALIBRATION_S if arguments.quick else _CALIBRATION_S,
+        seeds=tuple(range(arguments.seed, arguments.seed + arguments.seeds)),
+        chaos=arguments.chaos,
+    )
+
+
+def _config(path: Path, names: str | None) -> configuration.Config:
+    config = configuration.load(path)
+    if names is not None:
+        wanted = [name.strip() for name in names.split(",")]
+        known = {engine.name: engine for engine in config.engines}
+        for name in wanted:
+            if name not in known:
+                raise configuration.ConfigError(
+                    f"--engines: no engine `{name}` in {path}; there are: {', '.join(known)}"
+                )
+        engines = tuple(known[name] for name in dict.fromkeys(wanted))
+        config = msgspec.structs.replace(config, engines=engines)
+    if not config.engines:
+        raise configuration.ConfigError(f"{path}: the demo needs engines that it can start")
+    return msgspec.structs.replace(config, engines=fair(config.engines, _cores()))
+
+
+def fair(
+    engines: tuple[configuration.EngineConfig, ...], cores: tuple[int, ...]
+) -> tuple[configuration.EngineConfig, ...]:
+    """The engines as a comparison needs them; what the configuration says itself is kept.
+
+    All policies run the same tasks on the same engines: a prefix that is still in a cache would
+    favour whoever comes later, so there is none. Where there are ``cores`` for it, every engine
+    gets its own (vLLM would give each of them all), and the remainder goes to the last ones.
+    """
+    shares: list[tuple[int, ...]] = [()] * len(engines)
+    if len(cores) >= len(engines) and not any(engine.cpus for engine in engines):
+        cuts = [len(cores) * i // len(engines) for i in range(len(engines) + 1)]
+        shares = [cores[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    return tuple(
+        msgspec.structs.replace(
+            engine,
+            cpus=engine.cpus or share,
+            args={"enable_prefix_caching": False, **engine.args},
+        )
+        if engine.kind == "vllm"
+        else engine
+        for engine, share in zip(engines, shares, strict=True)
+    )
+
+
+def _cores() -> tuple[int, ...]:
+    """Cores to share out; none where engines run on a GPU."""
+    from chimera_bench import machine
+
+    return () if machine.gpus() else machine.cores()
+
+
+def _policies(names: str | None, chaos: bool, config: configuration.Config) -> tuple[str, ...]:
+    models = list(dict.fromkeys(engine.model for engine in config.engines))
+    if names is not None:
+        chosen = [name.strip() for name in names.split(",") if name.strip()]
+    elif chaos:
+        chosen = ["chimera"]
+    else:
+        chosen = ["chimera", "paper", "least_loaded", f"static:{models[0]}"]
+        chosen += [f"static:{models[-1]}"]
+    for name in chosen:
+        try:
+            policy.make_policy(msgspec.structs.replace(config, policy=name))
+        except ValueError as error:
+            raise configuration.ConfigError(f"--policies: {error}") from error
+        kind, colon, model = name.partition(":")
+        if colon and kind == "static" and model not in models:
+            raise configuration.ConfigError(
+                f"--policies: no engine serves `{model}`; there are: {', '.join(models)}"
+            )
+    if not chosen:
+        raise configuration.ConfigError("--policies: name at least one")
+    return tuple(dict.fromkeys(chosen))

@@ -1,0 +1,106 @@
+"""The demo's results as text for a reader: tables, and a verdict computed from the intervals.
+
+Pure functions from summaries to strings; files and plots are made elsewhere.
+"""
+
+import math
+from collections.abc import Sequence
+
+from chimera_bench.summary import Comparison, Interval, PolicySummary
+
+Row = Sequence[str]
+
+
+def policies_table(summaries: Sequence[PolicySummary]) -> str:
+    """One line per policy; brackets hold 95 % intervals, latencies are in seconds."""
+    models = sorted({model for s in summaries for model in s.stage_share})
+    head = (
+        *("policy", "success %", "mean s", "P50", "P95", "ms/token"),
+        *(f"% {model}" for model in models),
+        *("tok/s", "queue s", "errors", "retried"),
+    )
+    rows = [
+        (
+            s.policy,
+            _show(s.success, 1, 100.0),
+            _show(s.latency_mean_s, 2),
+            _number(s.latency_s["p50"], 2),
+            _number(s.latency_s["p95"], 2),
+            _show(s.ms_per_token, 1),
+            *(f"{100 * s.stage_share.get(model, 0.0):.0f}" for model in models),
+            _number(s.tokens_per_s, 0),
+            _number(s.queue_mean_s, 3),
+            str(s.errors),
+            str(s.retried_stages),
+        )
+        for s in summaries
+    ]
+    return table(head, rows)
+
+
+def comparisons_table(comparisons: Sequence[Comparison]) -> str:
+    """Ratios over 1 mean that the policy on the left is faster."""
+    head = ("policy against baseline", "latency ratio", "ms/token ratio", "success, points")
+    rows = [
+        (
+            f"{c.policy} against {c.baseline}",
+            _show(c.latency_ratio, 2),
+            _show(c.per_token_ratio, 2),
+            _show(c.success_gain, 1, 100.0, "+"),
+        )
+        for c in comparisons
+    ]
+    return table(head, rows)
+
+
+def verdict(comparison: Comparison) -> str:
+    """One sentence that claims only what the intervals carry."""
+    ratio, gain = comparison.latency_ratio, comparison.success_gain
+    if math.isnan(ratio.low) or math.isnan(gain.low):
+        said = "nothing can be said: too few workflows were answered"
+    else:
+        said = f"{_speed_words(ratio)}, {_success_words(gain)}"
+    return f"{comparison.policy} against {comparison.baseline}: {said}."
+
+
+def _speed_words(ratio: Interval) -> str:
+    if ratio.low > 1.0:
+        return f"{ratio.value:.2f} times faster in mean latency"
+    if ratio.high < 1.0:
+        return f"{1.0 / ratio.value:.2f} times slower in mean latency"
+    return "no difference in mean latency shown"
+
+
+def _success_words(gain: Interval) -> str:
+    points = abs(100.0 * gain.value)
+    if gain.low > 0.0:
+        return f"{points:.1f} points more success"
+    if gain.high < 0.0:
+        return f"{points:.1f} points less success"
+    return "no difference in success shown"
+
+
+def table(head: Row, rows: Sequence[Row]) -> str:
+    """First column left, the others right aligned."""
+    cells = [head, *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+
+    def line(row: Row) -> str:
+        padded = [
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join((line(head), "  ".join("-" * w for w in widths), *map(line, rows)))
+
+
+def _show(interval: Interval, digits: int, scale: float = 1.0, sign: str = "") -> str:
+    value, low, high = (
+        _number(scale * x, digits, sign) for x in (interval.value, interval.low, interval.high)
+    )
+    return f"{value} [{low}, {high}]"
+
+
+def _number(value: float, digits: int, sign: str = "") -> str:
+    return "-" if math.isnan(value) else f"{value:{sign}.{digits}f}"

@@ -1,0 +1,45 @@
+"""A very small demo on real vLLM engines that serve the testbed's models."""
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from chimera_bench import demo
+from chimera_bench.testbed import tasks, workflows
+
+MODELS = Path(tasks.__file__).parent / "models"
+ENGINES = ("s", "l")
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # compiling a model for the first time takes a minute or two
+def test_real_engines_answer_real_workflows(tmp_path: Path) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed")
+    for name in ENGINES:
+        if not (MODELS / f"testbed-{name}" / "model.safetensors").is_file():
+            pytest.skip(f"no weights in {MODELS / f'testbed-{name}'}")
+    out = tmp_path / "out"
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    options = ["--out", str(out), "--engines", ",".join(ENGINES), "--workflows", "12"]
+    options += ["--rate", "6", "--policies", "least_loaded,static:testbed-l"]
+    assert demo.run(parser.parse_args(options)) == 0
+
+    rows = [json.loads(line) for line in (out / "workflows.jsonl").read_text().splitlines()]
+    assert len(rows) == 24
+    by_id = {task.task_id: task for task in tasks.generate("demo", 12, seed=1)}
+    for row in rows:
+        assert row["error"] is None
+        shape = workflows.shape(row["kind"].partition("-")[2])
+        assert len(row["stages"]) == len(shape.stages)
+        assert row["task_id"] in by_id
+        for stage, most in zip(row["stages"], shape.max_tokens, strict=True):
+            assert stage["prompt_tokens"] > 0
+            assert 0 < stage["output_tokens"] <= most
+    assert {s["model"] for row in rows[12:] for s in row["stages"]} == {"testbed-l"}
+    assert any(row["success"] for row in rows), "not one answer was right"

@@ -1,0 +1,540 @@
+"""Policies against cases computed by hand, their properties, and Algorithm 1 written out."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from chimera_daemon.config import Config, PaperConfig
+from chimera_daemon.messages import Dispatch, ModelPrediction, Prediction, Stage
+from chimera_daemon.policy import (
+    NAMES,
+    Choice,
+    ClusterView,
+    ModelView,
+    WorkflowView,
+    finish_and_delay_s,
+    make_policy,
+    remaining_given,
+)
+from core_harness import Watched, dispatched, of, predict, prediction
+
+Make = Callable[..., Watched]
+
+
+def stage(**fields: Any) -> Stage:
+    """A stage of 100 prompt tokens."""
+    return msgspec.structs.replace(
+        Stage(b"c", "r", "w", 0, "code", None, 100, 1000, 10, 1), **fields
+    )
+
+
+def view(name: str = "small", **fields: Any) -> ModelView:
+    """One engine with two slots; 12 ms per step when full, 0.1 ms per prompt token."""
+    values = {
+        "engines": 1,
+        "slots": 2,
+        "slots_each": 2.0,
+        "step_s": 0.01,
+        "step_per_seq_s": 0.001,
+        "prefill_s_per_token": 0.0001,
+        "full_s_per_token": 0.006,
+    }
+    return ModelView(name, **(values | fields))
+
+
+def choose(
+    config: Config,
+    views: Sequence[ModelView],
+    predicted: Prediction,
+    workflow: WorkflowView | None = None,
+) -> Choice:
+    """What the configured policy says."""
+    return make_policy(config).choose(
+        stage(), predicted, workflow or WorkflowView("w", "code"), views, ClusterView()
+    )
+
+
+# The registry.
+
+
+def test_an_unknown_policy_is_refused_with_the_names_there_are() -> None:
+    for name in ("", "fastest", "static:", "static", "Chimera"):
+        with pytest.raises(ValueError, match="no policy") as error:
+            make_policy(Config(policy=name))
+        assert all(known in str(error.value) for known in NAMES)
+
+
+# chimera.
+
+IDLE = WorkflowView("w", "code")
+
+
+@pytest.mark.parametrize(
+    ("case", "predicted", "workflow", "finish_s", "delay_s"),
+    [
+        # prefill .01 + 100 tokens in a batch of one
+        (view(), predict(100), IDLE, 0.01 + 100 * 0.011, 0.0),
+        # a batch of two: .012 per step; the other stands still for the prefill, then 1 ms per step
+        (view(running=1), predict(100), IDLE, 0.01 + 1.2, 0.01 + 0.1),
+        # requests from elsewhere count the same
+        (view(foreign=1), predict(100), IDLE, 0.01 + 1.2, 0.01 + 0.1),
+        # full, and one waits: its prefill .02 and its 50 tokens at .006, now and at the next stage
+        (
+            view(running=2, waiting=1, waiting_prompt=200, waiting_tokens=50.0),
+            predict(50, later=1),
+            IDLE,
+            0.01 + 1.2 + 2 * (0.02 + 0.3),
+            0.03 + 100 * (0.006 + 0.002),
+        ),
+        # two engines share all that
+        (
+            view(running=4, waiting=2, waiting_prompt=400, waiting_tokens=100.0, engines=2),
+            predict(50, later=1),
+            IDLE,
+            0.01 + 1.2 + 2 * (0.02 + 0.3),
+            0.03 + 100 * (0.006 + 0.002),
+        ),
+        # 60 of the 100 prompt tokens are in the prefix cache
+        (
+            view(),
+            predict(100),
+            WorkflowView("w", "code", "small", "e", 60),
+            0.004 + 1.1,
+            0.0,
+        ),
+        # and none if it ran on another model
+        (view(), predict(100), WorkflowView("w", "code", "large", "e", 60), 0.01 + 1.1, 0.0),
+        # .01 s of prefill by the other for each 1.2 s of decoding: tpot is longer by that share
+        (
+            view(running=1, prompt_mean=100.0, output_mean=100.0),
+            predict(100),
+            IDLE,
+            0.01 + 100 * 0.0121,
+            0.11,
+        ),
+        # prefills may be assumed to take nine tenths at most
+        (
+            view(running=1, prompt_mean=1e9, output_mean=1.0),
+            predict(100),
+            IDLE,
+            0.01 + 100 * 0.12,
+            0.11,
+        ),
+    ],
+)
+def test_finish_and_delay_by_hand(
+    case: ModelView,
+    predicted: ModelPrediction,
+    workflow: WorkflowView,
+    finish_s: float,
+    delay_s: float,
+) -> None:
+    assert finish_and_delay_s(stage(), predicted, workflow, case) == (
+        pytest.approx(finish_s),
+        pytest.approx(delay_s),
+    )
+
+
+def test_the_score_is_confidence_less_price_times_relative_seconds() -> None:
+    predicted = prediction(small=predict(100, 0.6))
+    choice = choose(Config(price=0.5), [view(running=1)], predicted)
+    (candidate,) = choice.candidates
+    assert candidate.finish_s == pytest.approx(1.21)
+    assert candidate.score == pytest.approx(0.6 - 0.5 * (1.21 + 0.11) / 1.0)
+    assert (choice.model, choice.reason) == ("small", "score")
+
+
+VIEWS = st.builds(
+    lambda engines, slots, running, waiting, tokens, prompt, means, steps: view(
+        engines=engines,
+        slots=engines * slots,
+        slots_each=float(slots),
+        running=running,
+        waiting=waiting,
+        waiting_tokens=tokens,
+        waiting_prompt=prompt,
+        prompt_mean=means[0],
+        output_mean=means[1],
+        step_s=steps[0],
+        step_per_seq_s=steps[1],
+        prefill_s_per_token=steps[2],
+        full_s_per_token=max((steps[0] + steps[1] * slots) / slots, 1e-9),
+    ),
+    st.integers(1, 4),
+    st.integers(1, 64),
+    st.integers(0, 300),
+    st.integers(0, 300),
+    st.floats(0, 1e6),
+    st.integers(0, 10**6),
+    st.tuples(st.floats(0, 1e4), st.floats(0, 1e4)),
+    st.tuples(st.floats(0, 1.0), st.floats(0, 1.0), st.floats(0, 1.0)),
+)
+PREDICTED = st.builds(
+    lambda q, tokens, later: predict(tokens, q, later),
+    st.floats(0, 1),
+    st.floats(0, 1e5),
+    st.floats(0, 10),
+)
+
+
+@given(
+    before=VIEWS,
+    predicted=PREDICTED,
+    more=st.fixed_dictionaries(
+        {
+            "running": st.integers(0, 50),
+            "waiting": st.integers(0, 50),
+            "foreign": st.integers(0, 50),
+            "waiting_tokens": st.floats(0, 1e6),
+            "waiting_prompt": st.integers(0, 10**6),
+        }
+    ),
+)
+def test_more_congestion_on_a_model_never_makes_it_score_higher(
+    before: ModelView, predicted: ModelPrediction, more: dict[str, Any]
+) -> None:
+    after = msgspec.structs.replace(
+        before, **{name: getattr(before, name) + value for name, value in more.items()}
+    )
+    scores = [
+        choose(Config(), [v], prediction(small=predicted)).candidates[0].score
+        for v in (before, after)
+    ]
+    assert scores[1] <= scores[0] + 1e-9 * abs(scores[0])
+
+
+CLUSTERS = st.lists(st.tuples(VIEWS, PREDICTED), min_size=1, max_size=4).map(
+    lambda pairs: (
+        [msgspec.structs.replace(v, name=f"m{i}") for i, (v, _) in enumerate(pairs)],
+        Prediction({f"m{i}": p for i, (_, p) in enumerate(pairs)}, predict()),
+    )
+)
+
+
+@given(CLUSTERS)
+def test_when_time_costs_nothing_the_most_confident_model_is_chosen(
+    cluster: tuple[list[ModelView], Prediction],
+) -> None:
+    views, predicted = cluster
+    chosen = choose(Config(price=0.0), views, predicted).model
+    assert predicted.of(chosen).confidence == max(p.confidence for p in predicted.models.values())
+
+
+@given(CLUSTERS)
+def test_when_time_costs_very_much_the_fastest_for_all_is_chosen(
+    cluster: tuple[list[ModelView], Prediction],
+) -> None:
+    views, predicted = cluster
+    cost = {v.name: sum(finish_and_delay_s(stage(), predicted.of(v.name), IDLE, v)) for v in views}
+    chosen = choose(Config(price=1000.0), views, predicted).model
+    assert cost[chosen] <= min(cost.values()) * (1 + 1e-9) + 1.0 / 1000.0
+
+
+@given(CLUSTERS)
+def test_the_choice_is_the_first_candidate_of_highest_score(
+    cluster: tuple[list[ModelView], Prediction],
+) -> None:
+    choice = choose(Config(), *cluster)
+    assert [c.model for c in choice.candidates] == [v.name for v in cluster[0]]
+    assert choice.model == max(choice.candidates, key=lambda c: c.score).model
+
+
+def test_a_model_is_chosen_even_if_no_score_can_be_told_from_another() -> None:
+    for confidence in (float("nan"), float("-inf")):
+        assert choose(Config(), [view()], prediction(small=predict(1, confidence))).model == "small"
+
+
+@given(
+    works=st.tuples(st.floats(0, 1e5), st.floats(0, 1e5)),
+    arrivals=st.tuples(st.floats(0, 1e5), st.floats(0, 1e5)),
+    aging=st.floats(0.01, 1e3),
+    later=st.floats(0, 1e6),
+)
+def test_ranks_order_by_work_less_aging_times_wait_at_any_time(
+    works: tuple[float, float], arrivals: tuple[float, float], aging: float, later: float
+) -> None:
+    rank = make_policy(Config(aging_tokens_per_s=aging)).rank
+    ranks = [rank(stage(), predict(w), a) for w, a in zip(works, arrivals, strict=True)]
+    now = max(arrivals) + later
+    keys = [w - aging * (now - a) for w, a in zip(works, arrivals, strict=True)]
+    assume(abs(keys[0] - keys[1]) > 1e-6 * (1.0 + aging * now))
+    assert (ranks[0] < ranks[1]) == (keys[0] < keys[1])
+
+
+@given(
+    long=st.floats(100.0, 5e3),
+    short=st.floats(1.0, 99.0),
+    aging=st.floats(5.0, 100.0),
+    service_s=st.floats(0.5, 5.0),
+)
+def test_a_long_stage_starts_within_work_difference_by_aging_and_one_service(
+    long: float, short: float, aging: float, service_s: float
+) -> None:
+    """A stream of short stages keeps the one slot busy for ever; one of them is already ahead."""
+    s = Watched(aging_tokens_per_s=aging, reply_keep=1)
+    s.join()
+    s.submit(prediction(small=predict(short)))
+    s.submit(prediction(small=predict(long)), request_id="long")
+    bound_s = (long - short) / aging + service_s
+    while True:
+        s.submit(prediction(small=predict(short)))
+        s.now += service_s
+        (sent,) = of(s.finish(s.last_attempt), Dispatch)
+        if sent.key[1] == "long":
+            break
+        assert s.now <= bound_s, "starved"
+    assert s.now <= bound_s + service_s
+    s.finish_all()
+
+
+# What a running stage still owes.
+
+
+@pytest.mark.parametrize(
+    ("quantiles", "produced", "max_tokens", "expected"),
+    [
+        # .4 on 100..200 and .1 on 200..300
+        ((50.0, 100.0, 200.0), 100, 1000, (0.4 * 50 + 0.1 * 150) / 0.5),
+        # half of what was on 100..200 is left
+        ((50.0, 100.0, 200.0), 150, 1000, (0.2 * 25 + 0.1 * 100) / 0.3),
+        # all beyond 100 ends there: .5 is the mass at 100, .2 spread over 75..100
+        ((50.0, 100.0, 200.0), 75, 100, (0.2 * 12.5 + 0.5 * 25) / 0.7),
+        # a length known for certain: .06 on 40..100, .8 at 100, .1 on 100..150
+        ((100.0, 100.0, 100.0), 40, 1000, (0.06 * 30 + 0.8 * 60 + 0.1 * 85) / 0.96),
+        # it outlived all that was expected: as long again, or until it must end
+        ((50.0, 100.0, 200.0), 300, 1000, 300.0),
+        ((50.0, 100.0, 200.0), 900, 1000, 100.0),
+        ((50.0, 100.0, 200.0), 1000, 1000, 1.0),
+        ((0.0, 0.0, 0.0), 5, 1000, 5.0),
+    ],
+)
+def test_remaining_tokens_by_hand(
+    quantiles: tuple[float, float, float], produced: int, max_tokens: int, expected: float
+) -> None:
+    predicted = ModelPrediction(0.5, 100.0, quantiles, 100.0, quantiles, 0.0)
+    assert remaining_given(predicted, produced, max_tokens) == pytest.approx(expected)
+
+
+LENGTHS = st.sampled_from([0.0, 1.0, 100.0]) | st.floats(0.0, 1e5)
+LENGTH_PREDICTIONS = st.builds(
+    lambda mean, quantiles: ModelPrediction(
+        0.5, mean, tuple(sorted(quantiles)), mean, (0, 0, 0), 0
+    ),
+    LENGTHS,
+    st.tuples(LENGTHS, LENGTHS, LENGTHS),
+)
+
+
+@given(LENGTH_PREDICTIONS, st.integers(1, 10**6))
+def test_before_the_first_token_the_mean_remains(
+    predicted: ModelPrediction, max_tokens: int
+) -> None:
+    assert remaining_given(predicted, 0, max_tokens) == min(predicted.stage_tokens_mean, max_tokens)
+
+
+@given(LENGTH_PREDICTIONS, st.integers(1, 10**6), st.integers(1, 10**6))
+def test_at_least_one_token_and_at_most_up_to_max_tokens_remains(
+    predicted: ModelPrediction, produced: int, max_tokens: int
+) -> None:
+    remaining = remaining_given(predicted, produced, max_tokens)
+    assert 1.0 <= remaining <= max(1.0, max_tokens - produced) * (1 + 1e-9)
+
+
+@given(LENGTH_PREDICTIONS, st.integers(1, 10**5), st.integers(1, 10**5), st.integers(1, 10**6))
+def test_the_total_expected_never_falls_while_tokens_come(
+    predicted: ModelPrediction, produced: int, more: int, max_tokens: int
+) -> None:
+    before = produced + remaining_given(predicted, produced, max_tokens)
+    after = produced + more + remaining_given(predicted, produced + more, max_tokens)
+    assert after >= before * (1 - 1e-9)
+
+
+# paper.
+
+
+def algorithm_1(
+    models: list[str],
+    q: dict[str, float],
+    P: dict[str, float],
+    decode_s_per_token: dict[str, float],
+    max_batch_size: dict[str, int],
+    tau: float,
+    delta_s: float,
+    bound: str | None,
+) -> str:
+    """Lines of Algorithm 1 in order, without anything of ours."""
+    if bound is not None:
+        return bound
+    load = {m: P[m] * decode_s_per_token[m] / max_batch_size[m] for m in models}
+    fast = models[0]
+    for m in models:
+        if load[m] < load[fast]:
+            fast = m
+    left = list(models)
+    while left:
+        m = left[0]
+        for other in left:
+            if q[other] > q[m]:
+                m = other
+        left.remove(m)
+        if load[m] <= (1 + tau) * load[fast] and q[m] >= q[fast] + delta_s:
+            return m
+    return fast
+
+
+# Sixteenths and powers of two: no rounding anywhere, so that edges are met exactly.
+SIXTEENTHS = st.integers(0, 16).map(lambda n: n / 16)
+
+
+@given(
+    models=st.lists(
+        st.tuples(
+            SIXTEENTHS,  # q
+            st.integers(0, 12),  # P
+            SIXTEENTHS.filter(bool),  # decode seconds per token, all slots at work
+            st.sampled_from([1, 2, 4]),  # slots of an engine
+            st.sampled_from([1, 2, 4]),  # engines
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    tau=st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0]),
+    delta_s=st.sampled_from([0.0, 1 / 16, 0.125, 0.5, 1.0]),
+    bound=st.none() | st.integers(0, 5),
+)
+def test_paper_chooses_as_algorithm_1_with_the_engines_of_a_model_as_one_larger(
+    models: list[tuple[float, int, float, int, int]],
+    tau: float,
+    delta_s: float,
+    bound: int | None,
+) -> None:
+    names = [f"m{i}" for i in range(len(models))]
+    views = [
+        view(name, engines=engines, claimed_tokens=float(P), full_s_per_token=decode / slots)
+        for name, (_, P, decode, slots, engines) in zip(names, models, strict=True)
+    ]
+    predicted = Prediction(
+        {n: predict(100.0, q) for n, (q, *_) in zip(names, models, strict=True)}, predict()
+    )
+    last = f"m{bound}" if bound is not None else None
+    choice = choose(
+        Config(policy="paper", paper=PaperConfig(tau=tau, delta_s=delta_s)),
+        views,
+        predicted,
+        WorkflowView("w", "code", last),
+    )
+    assert choice.model == algorithm_1(
+        names,
+        {n: m[0] for n, m in zip(names, models, strict=True)},
+        {n: float(m[1]) for n, m in zip(names, models, strict=True)},
+        {n: m[2] for n, m in zip(names, models, strict=True)},
+        {n: m[3] * m[4] for n, m in zip(names, models, strict=True)},
+        tau,
+        delta_s,
+        last if last in names else None,  # a model without engines binds nobody
+    )
+
+
+def test_paper_counts_the_median_of_the_workflow_until_the_request_completes(
+    scheduler: Make,
+) -> None:
+    s = scheduler(policy="paper")
+    s.join(slots=1)
+
+    def claimed() -> float:
+        return s.core.snapshot()["models"][0]["claimed_tokens"]
+
+    s.submit(prediction(small=predict(100.0, later=2)))
+    s.submit(prediction(small=predict(7.3)))
+    assert claimed() == pytest.approx(307.3)
+    s.drain_engine("e")
+    s.join("f")
+    assert claimed() == pytest.approx(307.3)
+    s.finish(1)
+    assert claimed() == pytest.approx(7.3)
+    s.finish(2)
+    assert claimed() == 0.0
+
+
+def test_paper_keeps_a_workflow_on_its_model_and_chooses_anew_if_that_is_gone(
+    scheduler: Make,
+) -> None:
+    s = scheduler(policy="paper")
+    s.join("a", "small", slots=9)
+    s.join("b", "large", slots=9)
+    sure = prediction(small=predict(10.0, 0.1), large=predict(10.0, 0.9))
+    unsure = prediction(small=predict(10.0, 0.9), large=predict(10.0, 0.1))
+    assert dispatched(s.submit(sure, workflow_id="w")) == [("r1", "b")]
+    s.finish(1)
+    assert dispatched(s.submit(unsure, workflow_id="w", stage=1)) == [("r2", "b")]
+    assert dispatched(s.lose("b")) == [("r2", "a")]
+
+
+def test_paper_puts_the_fewest_median_tokens_of_the_workflow_first(scheduler: Make) -> None:
+    s = scheduler(policy="paper")
+    s.join()
+    s.submit()
+    s.submit(prediction(small=predict(50.0, later=4)))
+    s.submit(prediction(small=predict(100.0)))
+    assert dispatched(s.finish(1)) == [("r3", "e")]
+
+
+def test_paper_raises_a_starved_stage_and_lowers_it_after_its_service_rounds(
+    scheduler: Make,
+) -> None:
+    s = scheduler(policy="paper", paper=PaperConfig(starvation_rounds=1, service_rounds=2))
+    s.join(slots=2)
+    for _ in range(2):
+        s.submit()
+    s.submit(prediction(small=predict(900.0)))
+    s.submit(prediction(small=predict(1.0)))
+    assert dispatched(s.finish(1)) == [("r4", "e")]
+    (starved,) = of(s.finish(2), Dispatch)
+    assert (starved.key[1], starved.priority) == ("r3", 900 - 10_000_000)
+    for _ in range(2):  # two rounds while it is in service
+        s.submit()
+        s.finish(max(s.attempts) if max(s.attempts) != starved.attempt_id else min(s.attempts))
+    (again,) = of(s.fail(starved.attempt_id), Dispatch)
+    assert (again.key[1], again.priority) == ("r3", 900)
+
+
+# The baselines.
+
+
+def test_least_loaded_takes_the_fewest_requests_per_engine() -> None:
+    config = Config(policy="least_loaded")
+    views = [view("a", running=4, engines=2), view("b", running=1, waiting=2), view("c", foreign=3)]
+    assert choose(config, views, prediction()).model == "a"
+    views[1].waiting = 0
+    assert choose(config, views, prediction()).model == "b"
+    views[2].foreign = 0
+    assert choose(config, views, prediction()).model == "c"
+
+
+def test_round_robin_takes_models_in_turn_each_as_often_as_it_has_engines(scheduler: Make) -> None:
+    s = scheduler(policy="round_robin")
+    s.join("a1", "a", slots=99)
+    s.join("a2", "a", slots=99)
+    s.join("b", "b", slots=99)
+    models = [of(s.submit(), Dispatch)[0].receipt.model for _ in range(30)]
+    assert Counter(models) == {"a": 20, "b": 10}
+    assert all(Counter(models[i : i + 3]) == {"a": 2, "b": 1} for i in range(28))
+
+
+def test_static_waits_for_its_model_rather_than_take_another(scheduler: Make) -> None:
+    s = scheduler(policy="static:large")
+    s.join("a", "small", slots=9)
+    assert dispatched(s.submit()) == []
+    assert dispatched(s.submit(model="small")) == [("r2", "a")]
+    assert dispatched(s.join("b", "large")) == [("r1", "b")]
+
+
+@pytest.mark.parametrize("policy", ["least_loaded", "round_robin", "static:small"])
+def test_baselines_serve_in_order_of_arrival(policy: str) -> None:
+    rank = make_policy(Config(policy=policy)).rank
+    assert rank(stage(), predict(5.0), 9.0) == rank(stage(), predict(500.0), 1.0)
