@@ -25,7 +25,7 @@ class ConfigError(ValueError):
 class PaperConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Parameters of the `paper` policy (Algorithm 1). The paper does not state their values."""
 
-    tau: Annotated[float, Meta(ge=0.0)] = 0.5  # load slack relative to the least loaded model
+    tau: Annotated[float, Meta(ge=0.0, le=1e6)] = 0.5  # load slack relative to the least loaded model
     delta_s: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.05  # confidence gain that justifies a model
     starvation_rounds: Positive = 200  # S: rounds passed over until the level drops by one
     service_rounds: Positive = 200  # Q: rounds in service until the level goes back up
@@ -59,7 +59,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     policy: str = "chimera"
     # The dial of `chimera`: the success probability worth one idle workflow latency.
     price: Annotated[float, Meta(ge=0.0, le=1000.0)] = 0.1
-    aging_tokens_per_s: Annotated[float, Meta(gt=0.0)] = 10.0  # bounds starvation
+    aging_tokens_per_s: Annotated[float, Meta(gt=0.0, le=1e6)] = 10.0  # bounds starvation
     paper: PaperConfig = PaperConfig()
     # Bounds: over one of them a request is rejected with a reason.
     max_queued_stages: Positive = 20_000
@@ -154,6 +154,8 @@ def check(config: Config) -> None:
     for engine in config.engines:
         if engine.kind == "vllm" and engine.path is None:
             raise ConfigError(f"engine `{engine.name}`: `path` is missing (folder or model id)")
+    if config.max_payload_bytes > config.max_queued_bytes:
+        raise ConfigError("`max_payload_bytes` must not be larger than `max_queued_bytes`")
     if config.engine_timeout_s < 2 * config.heartbeat_s:
         raise ConfigError("`engine_timeout_s` must be at least twice `heartbeat_s`")
     if config.client_timeout_s < 2 * config.heartbeat_s:

@@ -15,6 +15,7 @@ so an answer that comes late finds nothing and is dropped.
 """
 
 from collections import Counter, OrderedDict, deque
+from itertools import count
 from typing import Any, assert_never
 
 from msgspec import to_builtins
@@ -109,6 +110,7 @@ class Scheduler:
         # Ordered dicts where the oldest is removed: a plain dict looks through its removed entries.
         self._unplaced: OrderedDict[StageKey, LiveStage] = OrderedDict()  # longest waiting first
         self._attempts: dict[int, Attempt] = {}
+        self._tickets = count(1)
         self._waiting = 0
         self._waiting_bytes = 0
         self._workflows: dict[str, Workflow] = {}
@@ -293,11 +295,16 @@ class Scheduler:
             return Choice(pinned if model is not None and model.engines else "", "pinned")
         if not self._placeable:
             return Choice("", "no engine")
-        views = self._placeable
         needed = live.stage.prompt_tokens + live.stage.max_tokens
         if needed > self._smallest_context:
             # Prompt sizes may be estimates: if none seems large enough, an engine shall say so.
-            views = [v for v in views if needed <= v.context_tokens] or views
+            fitting = [v for v in self._placeable if needed <= v.context_tokens]
+            choice = self._ask_policy(live, fitting) if fitting else None
+            if choice is not None and choice.model:
+                return choice
+        return self._ask_policy(live, self._placeable)
+
+    def _ask_policy(self, live: LiveStage, views: list[ModelView]) -> Choice:
         return self._policy.choose(live.stage, live.prediction, live.workflow, views, self._cluster)
 
     def _learn_idle_latency(self, live: LiveStage) -> None:
@@ -598,7 +605,9 @@ class Scheduler:
         if model is None:
             self._forget_models()
             rounds = self._policy.starvation_rounds
-            queue: Queue[LiveStage] = StarvationQueue(rounds) if rounds else RankQueue()
+            queue: Queue[LiveStage] = (
+                StarvationQueue(self._tickets, rounds) if rounds else RankQueue(self._tickets)
+            )
             model = Model(ModelView(event.model), queue)
             self._models[event.model] = model
         engine = Engine(

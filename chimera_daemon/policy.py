@@ -141,8 +141,8 @@ def finish_and_delay_s(
 
     # Decoding stands still while other stages of the batch are prefilled.
     tpot = step
-    if view.output_mean > 0.0 and step > 0.0:
-        others = view.prompt_mean * prefill_s * (batch - 1.0)
+    others = view.prompt_mean * prefill_s * (batch - 1.0)
+    if others > 0.0:
         share = others / (others + view.output_mean * step)
         tpot /= 1.0 - (share if share < _MAX_PREFILL_SHARE else _MAX_PREFILL_SHARE)
 

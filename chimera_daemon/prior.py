@@ -26,6 +26,8 @@ _RING = 128  # values kept for quantiles
 _TRUST = 8.0  # a level counts as much as its parent once it has seen so many values
 _MAX_STAGE = 15  # later stages are taken together
 _MAX_KINDS = 64  # further kinds are taken together, so that labels cannot fill the memory
+_OTHER_KINDS = "other"
+_MAX_MODELS = 1024  # further models get what the configuration says
 # Before anything is seen: a workflow has this many stages after the current one, and lengths
 # spread about their mean like this (10 %, 50 %, 90 %).
 _STAGES_AFTER = 1.0
@@ -120,6 +122,14 @@ class _Cell:
 _Key = tuple[str, str, int]  # kind "" and stage -1 stand for all
 
 
+def _keys(model: str, kind: str, stage: int) -> tuple[_Key, ...]:
+    """From the coarsest level to the finest. Stages without a kind have no level of their own."""
+    finest = (model, kind, min(stage, _MAX_STAGE))
+    if not kind:
+        return (model, "", -1), finest
+    return (model, "", -1), (model, kind, -1), finest
+
+
 class PriorPredictor:
     """A `Predictor` that answers at once; without hints by a look-up in a dictionary."""
 
@@ -143,7 +153,7 @@ class PriorPredictor:
 
     def add_model(self, model: str) -> None:
         """See `Predictor`."""
-        if model not in self._models:
+        if model not in self._models and len(self._models) < _MAX_MODELS:
             self._models.add(model)
             self._cache.clear()
 
@@ -171,22 +181,26 @@ class PriorPredictor:
         self._observed += 1
 
     def _levels(self, model: str, kind: str, stage: int) -> list[_Cell]:
-        if kind not in self._kinds:
-            if len(self._kinds) >= _MAX_KINDS:
-                kind = "other"
-            self._kinds.add(kind)
-        keys = ((model, "", -1), (model, kind, -1), (model, kind, min(stage, _MAX_STAGE)))
+        """The cells that learn of this stage; none for a model that could not be remembered."""
+        if model not in self._models:
+            return []
+        kind = self._known_kind(kind)
+        self._kinds.add(kind)
         cells = self._cells
+        keys = _keys(model, kind, stage)
         return [cells.get(key) or cells.setdefault(key, _Cell()) for key in keys]
+
+    def _known_kind(self, kind: str) -> str:
+        if kind in self._kinds or len(self._kinds) < _MAX_KINDS:
+            return kind
+        return _OTHER_KINDS
 
     def _refresh(self, key: tuple[str, int]) -> tuple[int, Prediction]:
         kind, stage = key
-        if kind not in self._kinds and len(self._kinds) >= _MAX_KINDS:
-            kind = "other"
         models: dict[str, ModelPrediction] = {}
         for model in sorted(self._models):
             predicted = self._unseen(model)
-            for level in ((model, "", -1), (model, kind, -1), (model, kind, stage)):
+            for level in _keys(model, self._known_kind(kind), stage):
                 cell = self._cells.get(level)
                 if cell is not None:
                     predicted = cell.refine(predicted)

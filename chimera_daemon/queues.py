@@ -2,8 +2,11 @@
 
 Both give the lowest first and break ties by arrival. Removal is lazy: a heap entry is dead once the
 waiting item no longer carries its ticket, and dead entries are swept when they are the majority.
+Queues between which items move draw their tickets from one counter: otherwise a dead entry here
+would come alive as soon as the item is given the same number there.
 """
 
+from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 from typing import Generic, Protocol, TypeVar
 
@@ -26,9 +29,9 @@ T = TypeVar("T", bound=Waiting)
 class RankQueue(Generic[T]):
     """A heap on (rank, arrival)."""
 
-    def __init__(self) -> None:
+    def __init__(self, tickets: Iterator[int]) -> None:
         self._heap: list[tuple[float, int, int, T]] = []
-        self._tickets = 0
+        self._tickets = tickets
         self._live = 0
         self.rounds = 0  # pops so far
 
@@ -37,7 +40,7 @@ class RankQueue(Generic[T]):
 
     def push(self, item: T) -> None:
         """Add an item that waits nowhere."""
-        item.ticket = self._tickets = self._tickets + 1
+        item.ticket = next(self._tickets)
         self._live += 1
         heappush(self._heap, (item.rank, item.arrival, item.ticket, item))
 
@@ -75,13 +78,13 @@ class StarvationQueue(Generic[T]):
     all. A round changes the level of one cohort, so its cost does not grow with those that starve.
     """
 
-    def __init__(self, starvation_rounds: int) -> None:
+    def __init__(self, tickets: Iterator[int], starvation_rounds: int) -> None:
+        self._tickets = tickets
         self._starvation_rounds = starvation_rounds
         # By cohort: (level that it would have had in round 0, rank, arrival, ticket, item).
         self._cohorts: dict[int, list[tuple[int, float, int, int, T]]] = {}
         # (level, rank, arrival, cohort, ticket): the first of each cohort, and outdated entries.
         self._firsts: list[tuple[int, float, int, int, int]] = []
-        self._tickets = 0
         self._live = 0
         self._dead = 0
         self.rounds = 0
@@ -91,7 +94,7 @@ class StarvationQueue(Generic[T]):
 
     def push(self, item: T) -> None:
         """Add an item that waits nowhere, at the level it has."""
-        item.ticket = self._tickets = self._tickets + 1
+        item.ticket = next(self._tickets)
         item.queued_round = self.rounds
         self._live += 1
         age, cohort = divmod(self.rounds, self._starvation_rounds)

@@ -210,6 +210,8 @@ class Supervisor(EngineWatcher):
     def _clear(self, slot: _Slot) -> None:
         """Leave nothing of this host; its number may belong to another process from now on."""
         pid, slot.pid = slot.pid, 0
+        if slot.here == pid:
+            self.left(slot.engine.name)
         _kill_group(pid)
         self.lost(slot.engine.name, pid, f"its process {pid} has ended")
 
@@ -255,7 +257,7 @@ class Supervisor(EngineWatcher):
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
             return ""
-        return f"\n  the end of {path}:\n    " + "\n    ".join(lines[-5:])
+        return f"\n  the end of {path}:\n    " + "\n    ".join(lines[-5:]) if lines else ""
 
 
 def _alive(pid: int) -> bool:
@@ -278,7 +280,7 @@ def _is_host(pid: int) -> bool:
             and os.getpgid(pid) == pid != os.getpgrp()
             and b"chimera" in Path(f"/proc/{pid}/cmdline").read_bytes()
         )
-    except OSError:
+    except (OSError, OverflowError):
         return False
 
 

@@ -19,7 +19,7 @@ _EXIT_TERMINATED = 143
 _TESTBED = Path(__file__).parent / "testbed" / "testbed.toml"
 
 # One run takes a little longer than its arrivals: the last ones still have to be answered.
-_ARRIVALS_S = 20.0
+_ARRIVALS_S = 10.0
 _CALIBRATION_S = 12.0
 _QUICK_ARRIVALS_S = 6.0
 _QUICK_CALIBRATION_S = 6.0
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workflows",
         type=int,
         metavar="N",
-        help=f"workflows per policy (default: what arrives in {_ARRIVALS_S:g} s)",
+        help=f"workflows per policy and seed (default: what arrives in {_ARRIVALS_S:g} s)",
     )
     parser.add_argument(
         "--load",
@@ -63,12 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds",
         type=int,
-        default=1,
         metavar="K",
-        help="repeat everything with seeds S, S+1, ... (default: %(default)s)",
+        help="run all policies with seed S, then with S+1 in reverse order, and so on, so that "
+        "slow changes of the machine favour none (default: 2; with --quick or --chaos: 1)",
     )
     parser.add_argument(
-        "--engines", metavar="A,B,...", help="engines of the configuration to use (default: all)"
+        "--engines",
+        metavar="A,B,...",
+        help="engines of the configuration to use (default: all, but no more than cores, if there "
+        "is no GPU)",
     )
     parser.add_argument(
         "--config", type=Path, metavar="TOML", help="engines and models (default: the testbed)"
@@ -122,6 +125,7 @@ def plan(arguments: argparse.Namespace) -> "Plan":
         if value is not None and value <= 0:
             raise configuration.ConfigError(f"--{name} must be positive, not {value}")
     config = _config(arguments.config or _TESTBED, arguments.engines)
+    seeds = arguments.seeds or (1 if arguments.quick or arguments.chaos else 2)
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     return Plan(
         config=config,
@@ -132,7 +136,7 @@ def plan(arguments: argparse.Namespace) -> "Plan":
         workflows=arguments.workflows,
         arrivals_s=_QUICK_ARRIVALS_S if arguments.quick else _ARRIVALS_S,
         calibration_s=_QUICK_CALIBRATION_S if arguments.quick else _CALIBRATION_S,
-        seeds=tuple(range(arguments.seed, arguments.seed + arguments.seeds)),
+        seeds=tuple(range(arguments.seed, arguments.seed + seeds)),
         chaos=arguments.chaos,
     )
 
@@ -151,7 +155,22 @@ def _config(path: Path, names: str | None) -> configuration.Config:
         config = msgspec.structs.replace(config, engines=engines)
     if not config.engines:
         raise configuration.ConfigError(f"{path}: the demo needs engines that it can start")
-    return msgspec.structs.replace(config, engines=fair(config.engines, _cores()))
+    cores = _cores(config)
+    engines = config.engines if names is not None else fitting(config.engines, cores)
+    return msgspec.structs.replace(config, engines=fair(engines, cores))
+
+
+def fitting(
+    engines: tuple[configuration.EngineConfig, ...], cores: tuple[int, ...]
+) -> tuple[configuration.EngineConfig, ...]:
+    """As many engines as there are ``cores``, from the first to the last; all if that is unknown.
+
+    Engines that share cores slow each other down, which no engine on hardware of its own does.
+    """
+    most = len(cores)
+    if most < 2 or most >= len(engines):
+        return engines
+    return tuple(engines[i * (len(engines) - 1) // (most - 1)] for i in range(most))
 
 
 def fair(
@@ -179,11 +198,12 @@ def fair(
     )
 
 
-def _cores() -> tuple[int, ...]:
-    """Cores to share out; none where engines run on a GPU."""
+def _cores(config: configuration.Config) -> tuple[int, ...]:
+    """Cores to share out; none where engines need none of their own: echo, or on a GPU."""
     from chimera_bench import machine
 
-    return () if machine.gpus() else machine.cores()
+    alone = all(engine.kind == "vllm" for engine in config.engines)
+    return machine.cores() if alone and not machine.gpus() else ()
 
 
 def _policies(names: str | None, chaos: bool, config: configuration.Config) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ Owns the order of things and the output folder. What is sent is in `workload.py`
 import asyncio
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from chimera_bench.cluster import Cluster
 from chimera_bench.progress import Progress
 from chimera_bench.workload import Record
 from chimera_daemon.client import Client
-from chimera_daemon.config import Config
+from chimera_daemon.config import Config, EngineConfig
 
 _CALIBRATION_POLICY = "round_robin"
 _CALIBRATION_SEED = 0
 _MAX_IN_FLIGHT = 128  # workflows of the calibration
 _WARM_UP_SHARE = 0.3  # of the calibration is not counted: queues are filling
 _MIN_WORKFLOWS, _MAX_WORKFLOWS = 20, 5000
+_BUSY_LOAD = 0.7  # load average over the last minute that a quiet machine does not have
 _STRIKE_AT = 0.4  # share of workflows ended when `--chaos` strikes
 # Policies that are compared against all others; the second also as a baseline of the first.
 _OURS = ("chimera", "paper")
@@ -102,9 +104,8 @@ async def _conduct(plan: Plan, cluster: Cluster, progress: Progress) -> bool:
     outcomes: dict[str, list[Outcome]] = {policy: [] for policy in plan.policies}
     for turn, seed in enumerate(plan.seeds):
         jobs = workload.jobs(number, rate, seed)
-        # Rotated, so that with several seeds no policy always comes first.
-        shift = turn % len(plan.policies)
-        for policy in plan.policies[shift:] + plan.policies[:shift]:
+        # There and back: what the machine changes slowly then hits all policies alike.
+        for policy in plan.policies if turn % 2 == 0 else reversed(plan.policies):
             outcome = await _run(plan, cluster, progress, policy, seed, jobs)
             outcomes[policy].append(outcome)
             _write_workflows(plan, policy, seed, rate, facts, outcome)
@@ -147,14 +148,10 @@ async def _prepare(plan: Plan, cluster: Cluster, progress: Progress) -> Calibrat
 async def _calibrate(client: Client, progress: Progress, in_flight: int, plan: Plan) -> Calibration:
     """Workflows/s from stages/s: short workflows, which end first, would bias a direct count."""
     progress.phase("calibration", plan.calibration_s)
-    began_s = time.monotonic()
-    ticker = asyncio.create_task(_tick(progress, began_s))
-    try:
+    async with _ticking(progress):
         records = await workload.run_closed(
             client, _CALIBRATION_SEED, in_flight, plan.calibration_s
         )
-    finally:
-        ticker.cancel()
     counted_s = (1.0 - _WARM_UP_SHARE) * plan.calibration_s
     stages = [s for r in records for s in r.stages if s.end_s > plan.calibration_s - counted_s]
     ended = [r for r in records if r.latency_s is not None]
@@ -171,10 +168,21 @@ async def _calibrate(client: Client, progress: Progress, in_flight: int, plan: P
     return calibration
 
 
-async def _tick(progress: Progress, began_s: float) -> None:
-    while True:
-        progress.update(time.monotonic() - began_s)
-        await asyncio.sleep(0.25)
+@asynccontextmanager
+async def _ticking(progress: Progress) -> AsyncGenerator[None, None]:
+    """A phase whose units are seconds."""
+    began_s = time.monotonic()
+
+    async def tick() -> None:
+        while True:
+            progress.update(time.monotonic() - began_s)
+            await asyncio.sleep(0.25)
+
+    ticker = asyncio.create_task(tick())
+    try:
+        yield
+    finally:
+        ticker.cancel()
 
 
 async def _run(
@@ -204,8 +212,9 @@ async def _run(
             records = await workload.run_open(client, jobs, on_end=on_end)
             struck = None
             if strike is not None:
-                progress.phase(f"{policy}: engine comes back", 1)
-                struck = await strike
+                progress.phase("engine comes back", plan.config.ready_s)
+                async with _ticking(progress):
+                    struck = await strike
         finally:
             if strike is not None:
                 strike.cancel()
@@ -298,7 +307,7 @@ def _setting(
     versions = facts["versions"]
     vllm = next((f"{n} {v}" for n, v in versions.items() if n.startswith("vllm")), "no vLLM")
     lines = [f"{facts['machine']}; commit {facts['commit']}; {vllm}"]
-    engines = ", ".join(f"{e.name} ({e.model}, {e.kind})" for e in plan.config.engines)
+    engines = ", ".join(_engine_words(e) for e in plan.config.engines)
     lines.append(f"engines: {engines}; started and calibrated in {facts['ready_s']} s")
     lines.append(
         f"the same {summaries[0].workflows} workflows for every policy (seeds {list(plan.seeds)}), "
@@ -310,6 +319,11 @@ def _setting(
             f"routing reached, {calibration.in_flight} at a time "
             f"({calibration.tokens_per_s:.0f} output tokens/s)"
         )
+    if facts["load_1m"] > _BUSY_LOAD:
+        lines.append(
+            f"OTHER WORK was on this machine: a load average of {facts['load_1m']:g} on "
+            f"{facts['cores']} cores before the start"
+        )
     lines.append(
         "brackets: 95 % intervals over the workflows of these runs, for chance in tasks and order;"
         "\n  what the machine changes from run to run is not in them: repeat with --seeds"
@@ -317,6 +331,11 @@ def _setting(
     if (late_s := max(s.client_late_s for s in summaries)) > 0.0:
         lines.append(f"the client itself was late by up to {late_s:.2f} s, which counts as latency")
     return "\n".join(lines)
+
+
+def _engine_words(engine: EngineConfig) -> str:
+    cores = f", cores {','.join(map(str, engine.cpus))}" if engine.cpus else ""
+    return f"{engine.name} ({engine.model}, {engine.kind}{cores})"
 
 
 def _where(plan: Plan) -> str:

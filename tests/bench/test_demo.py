@@ -77,6 +77,7 @@ def test_two_policies_end_to_end(
 ) -> None:
     out = tmp_path / "out"
     given = ("--config", str(echo_toml), "--out", str(out), "--workflows", "12", "--rate", "40")
+    given += ("--seeds", "1")
     assert demo.run(arguments(*given, "--policies", "chimera,static:small")) == 0
 
     workflows = rows(out / "workflows.jsonl")
@@ -132,6 +133,7 @@ def test_chaos_loses_nothing_and_the_engine_comes_back(
 ) -> None:
     out = tmp_path / "out"
     given = ("--config", str(echo_toml), "--out", str(out), "--workflows", "120", "--rate", "60")
+    given += ("--seeds", "1")
     assert demo.run(arguments(*given, "--chaos")) == 0
     (row,) = rows(out / "summary.jsonl")
     (strike,) = row["strikes"]
@@ -226,6 +228,25 @@ def test_engines_are_made_comparable() -> None:
     assert [e.cpus for e in demo.fair((plain, kept), cores=(0,))] == [(), ()]
     pinned = msgspec.structs.replace(kept, cpus=(3,))
     assert [e.cpus for e in demo.fair((plain, pinned), cores=(0, 1))] == [(), (3,)]
+
+
+def test_two_seeds_go_there_and_back(echo_toml: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = ("--config", str(echo_toml), "--out", str(out), "--workflows", "3", "--rate", "40")
+    assert demo.run(arguments(*given, "--policies", "round_robin,least_loaded")) == 0
+    seen = [(row["seed"], row["policy"]) for row in rows(out / "workflows.jsonl")]
+    assert list(dict.fromkeys(seen)) == [
+        (1, "round_robin"), (1, "least_loaded"), (2, "least_loaded"), (2, "round_robin"),
+    ]  # fmt: skip
+    assert all(row["workflows"] == 6 for row in rows(out / "summary.jsonl")[:2])
+
+
+def test_no_more_engines_than_cores() -> None:
+    engines = tuple(EngineConfig(name=n, model=n, path="p") for n in "abcde")
+    names = {n: "".join(e.name for e in demo.fitting(engines, tuple(range(n)))) for n in range(7)}
+    assert names == {
+        0: "abcde", 1: "abcde", 2: "ae", 3: "ace", 4: "abce", 5: "abcde", 6: "abcde",
+    }  # fmt: skip
 
 
 def test_config_survives_the_way_through_toml() -> None:

@@ -27,7 +27,7 @@ def test_real_engines_answer_real_workflows(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     demo.add_arguments(parser)
     options = ["--out", str(out), "--engines", ",".join(ENGINES), "--workflows", "12"]
-    options += ["--rate", "6", "--policies", "least_loaded,static:testbed-l"]
+    options += ["--seeds", "1", "--rate", "6", "--policies", "least_loaded,static:testbed-l"]
     assert demo.run(parser.parse_args(options)) == 0
 
     rows = [json.loads(line) for line in (out / "workflows.jsonl").read_text().splitlines()]

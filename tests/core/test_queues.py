@@ -1,5 +1,8 @@
 """The queues against naive ones that sort a list, and count every round of every item."""
 
+from collections.abc import Iterator
+from itertools import count
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,6 +55,14 @@ class NaiveQueue:
         return found
 
 
+def make_queue(
+    rounds: int | None, tickets: Iterator[int] | None = None
+) -> RankQueue[Item] | StarvationQueue[Item]:
+    """A queue that ages by rounds if these are given."""
+    tickets = tickets or count(1)
+    return StarvationQueue[Item](tickets, rounds) if rounds else RankQueue[Item](tickets)
+
+
 STEPS = st.lists(
     st.tuples(st.sampled_from(["push", "push", "pop", "remove", "push back"]), st.integers(0, 9)),
     max_size=120,
@@ -60,7 +71,7 @@ STEPS = st.lists(
 
 @given(rounds=st.none() | st.integers(1, 6), steps=STEPS)
 def test_queues_do_what_naive_ones_do(rounds: int | None, steps: list[tuple[str, int]]) -> None:
-    queue = StarvationQueue[Item](rounds) if rounds else RankQueue[Item]()
+    queue = make_queue(rounds)
     naive = NaiveQueue(rounds)
     outside: list[Item] = []
     for arrival, (what, number) in enumerate(steps):
@@ -91,6 +102,20 @@ def test_queues_do_what_naive_ones_do(rounds: int | None, steps: list[tuple[str,
         queue.pop()
 
 
+@pytest.mark.parametrize("rounds", [None, 3])
+def test_an_item_that_moved_to_another_queue_is_in_that_one_only(rounds: int | None) -> None:
+    tickets = count(1)
+    here, there = make_queue(rounds, tickets), make_queue(rounds, tickets)
+    item = Item(1.0, 1)
+    here.push(item)
+    here.remove(item)
+    there.push(item)
+    assert (here.items(), len(here)) == ([], 0)
+    here.push(Item(2.0, 2))
+    assert here.pop().arrival == 2
+    assert there.pop() is item
+
+
 def entries(queue: RankQueue[Item] | StarvationQueue[Item]) -> int:
     """How many entries a queue holds, dead ones included, wherever it holds them."""
     lists = [v for v in vars(queue).values() if isinstance(v, list)]
@@ -103,7 +128,7 @@ def entries(queue: RankQueue[Item] | StarvationQueue[Item]) -> int:
 def test_queues_hold_no_more_than_a_few_entries_per_item_however_long_they_run(
     rounds: int | None, waiting: int
 ) -> None:
-    queue = StarvationQueue[Item](rounds) if rounds else RankQueue[Item]()
+    queue = make_queue(rounds)
     for arrival in range(waiting):
         queue.push(Item(float(arrival), arrival))
     for arrival in range(waiting, 5000):

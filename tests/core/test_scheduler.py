@@ -181,6 +181,20 @@ def test_the_model_is_chosen_anew_when_its_last_engine_leaves(scheduler: Make) -
         assert [name for name in waiting if name != "r2"] == [m for m in moved if m != "r1"]
 
 
+def test_a_stage_that_moved_to_another_model_waits_there_only(scheduler: Make) -> None:
+    s = scheduler(price=0.0)
+    for model in ("small", "large"):
+        s.join(model, model)
+        s.submit(model=model)
+    for _ in range(3):
+        s.submit(prediction(small=predict(100.0, 0.9), large=predict(100.0, 0.1)))
+    s.drain_engine("small")
+    s.join("again", "small")
+    s.submit(model="small")
+    s.submit(model="small")
+    assert dispatched(s.finish(s.last_attempt)) == [("r7", "again")]
+
+
 def test_a_workflow_goes_back_to_the_engine_that_has_its_prefix(scheduler: Make) -> None:
     s = scheduler()
     s.join("a", slots=4)
@@ -234,6 +248,13 @@ def test_a_model_whose_engines_cannot_hold_the_stage_is_passed_over(scheduler: M
     assert dispatched(s.submit(prompt_tokens=999, max_tokens=1)) == [("r2", "a")]
     # Prompt sizes may be estimates: none seems large enough, so an engine is to judge.
     assert dispatched(s.submit(prompt_tokens=9000, max_tokens=1)) == [("r3", "a")]
+
+
+def test_a_policy_that_knows_one_model_only_may_use_it_for_any_size(scheduler: Make) -> None:
+    s = scheduler(policy="static:small")
+    s.join("a", "small", context_tokens=10)
+    s.join("b", "large")
+    assert dispatched(s.submit()) == [("r1", "a")]
 
 
 # Nothing is lost or done twice.

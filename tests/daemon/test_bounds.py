@@ -122,7 +122,9 @@ class Deaf:
             self._socket.setsockopt(option, value)
         self._socket.connect(address)
 
-    def send(self, *frames: bytes) -> None:
+    async def send(self, *frames: bytes) -> None:
+        """Waits for room, while the loop runs."""
+        await until(lambda: self._socket.poll(0, zmq.POLLOUT))
         self._socket.send_multipart(frames)
 
     def drain(self) -> int:
@@ -148,11 +150,11 @@ def test_client_that_never_reads_is_cut(tmp_path: Path) -> None:
             deaf = Deaf(world.config.front)
             try:
                 running = Submit("running", "w", model="slow", max_tokens=1000)
-                deaf.send(encode(running), body())
+                await deaf.send(encode(running), body())
                 await until(lambda: host.running)
                 for number in range(3000):
                     submit = Submit(f"r{number}", "w", model="m", max_tokens=500)
-                    deaf.send(encode(submit), body())
+                    await deaf.send(encode(submit), body())
                     if not number % 100:
                         await world.serves()
                         (worst,) = [max(len(c.outbox) for c in world.daemon._clients.values())]
@@ -179,7 +181,7 @@ def test_bytes_for_a_client_that_never_reads_are_bounded(tmp_path: Path) -> None
             deaf = Deaf(world.config.front)
             try:
                 for number in range(20_000):
-                    deaf.send(encode(GetStatus(f"s{number}" + "x" * 100)))
+                    await deaf.send(encode(GetStatus(f"s{number}" + "x" * 100)))
                     if world.daemon.counters["slow_clients_cut"]:
                         break
                     if not number % 20:
@@ -205,7 +207,7 @@ def test_chunks_for_a_client_that_never_reads_are_dropped(tmp_path: Path) -> Non
             await until(lambda: world.daemon.engines_of())
             deaf = Deaf(world.config.front)
             try:
-                deaf.send(encode(Submit("r", "w", stream=True)), body())
+                await deaf.send(encode(Submit("r", "w", stream=True)), body())
                 (started,) = await host.runs()
                 for number in range(5000):
                     host.say(EngineChunk(started.attempt_id, number), b"x" * 1000)
@@ -252,7 +254,7 @@ def test_engine_that_takes_no_more_is_lost(tmp_path: Path) -> None:
         async with World(tmp_path, send_hwm=8, engine_timeout_s=1000) as world:
             deaf = Deaf(world.config.back)
             try:
-                deaf.send(encode(msgspec.structs.replace(REGISTER, max_inflight=1000)))
+                await deaf.send(encode(msgspec.structs.replace(REGISTER, max_inflight=1000)))
                 await until(lambda: world.daemon.engines_of())
                 await world.join("good", "m", max_inflight=1)
                 raw = world.raw()

@@ -149,8 +149,7 @@ def test_close_before_the_prediction(tmp_path: Path) -> None:
 def test_client_gone_before_the_prediction(tmp_path: Path) -> None:
     async def test() -> None:
         predictor = Deferred()
-        settings = {"heartbeat_s": 0.02, "client_timeout_s": 0.1}
-        async with World(tmp_path, predictor=predictor, **settings) as world:
+        async with World(tmp_path, predictor=predictor, client_timeout_s=0.1) as world:
             await world.join()
             raw = world.raw()
             raw.submit("r")

@@ -206,11 +206,27 @@ def learning_rate_share(done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (done - _WARMUP_SHARE) / (1 - _WARMUP_SHARE)))
 
 
+class Run(msgspec.Struct, frozen=True):
+    """What to train: everything a run depends on."""
+
+    size: str
+    out: Path
+    seed: int
+    base: Path | None
+    wide: bool
+    steps: int | None
+    minutes: float
+    rate: float = 1.0
+
+
 class Report(msgspec.Struct, frozen=True):
-    """What a run was: enough to repeat it and to judge it."""
+    """What a run was: enough to repeat it and to judge it. `loss` is a running mean in nats."""
 
     size: str
     seed: int
+    grown_from: str | None
+    wide: bool
+    rate: float
     steps: int
     tokens: int
     minutes: float
@@ -221,76 +237,70 @@ class Report(msgspec.Struct, frozen=True):
     transformers_version: str
 
 
-def train(
-    size_name: str,
-    seed: int,
-    steps: int | None,
-    minutes: float,
-    out: Path,
-    base: Path | None,
-    wide: bool,
-) -> None:
-    """Train one model for `steps`, or for `minutes` of wall time where steps is None, and save it.
+def train(run: Run) -> None:
+    """Train one model for `run.steps`, or for `run.minutes` of wall time where those are None.
 
-    With `base`, starts from that trained model instead of from random weights. Also saves every
-    `_SNAPSHOT_MIN` minutes, so that a cut run leaves a usable model.
+    With `run.base`, starts from that trained model instead of from random weights. Saves at the end
+    and every `_SNAPSHOT_MIN` minutes, so that a cut run leaves a usable model.
     """
-    torch.manual_seed(seed)
-    size = SIZES[size_name]
+    torch.manual_seed(run.seed)
+    size = SIZES[run.size]
     tokenizer = build_tokenizer()
     model = build_model(size, tokenizer).train()
-    if base:
-        grow(Qwen2ForCausalLM.from_pretrained(base, dtype=torch.float32), model)
+    if run.base:
+        grow(Qwen2ForCausalLM.from_pretrained(run.base, dtype=torch.float32), model)
     optims = optimizers(model, size)
-    peaks = [optim.param_groups[0]["lr"] for optim in optims]
-    limits = WIDE_LIMITS if wide else TASK_LIMITS
-    source = batches(tokenizer, seed + 1, size.batch_tokens, limits)
+    peaks = [run.rate * optim.param_groups[0]["lr"] for optim in optims]
+    limits = WIDE_LIMITS if run.wide else TASK_LIMITS
     begin, tokens, smooth, step = time.monotonic(), 0, math.nan, 0
     next_save_min = _SNAPSHOT_MIN
-    for step, batch in enumerate(source):
+    for step, batch in enumerate(batches(tokenizer, run.seed + 1, size.batch_tokens, limits)):
         passed_min = (time.monotonic() - begin) / 60
-        done = step / steps if steps else passed_min / minutes
+        done = step / run.steps if run.steps else passed_min / run.minutes
         if done >= 1:
             break
         for optim, peak in zip(optims, peaks, strict=True):
             optim.param_groups[0]["lr"] = peak * learning_rate_share(done)
-        loss = loss_of(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optim in optims:
-            optim.step()
-            optim.zero_grad(set_to_none=True)
+        loss = update(model, optims, batch)
         tokens += batch.ids.numel()
-        smooth = loss.item() if step == 0 else 0.98 * smooth + 0.02 * loss.item()
+        smooth = loss if step == 0 else 0.98 * smooth + 0.02 * loss
         if passed_min >= next_save_min:
             next_save_min += _SNAPSHOT_MIN
-            report = _report(size_name, seed, step, tokens, begin, smooth, model)
-            save(out, model, tokenizer, report)
+            save(run.out, model, tokenizer, _report(run, step, tokens, passed_min, smooth, model))
         if step % 50 == 0:
-            speed = tokens / (60 * passed_min + 1e-9)
-            print(
-                f"step {step} {100 * done:.1f}% loss {smooth:.4f} {speed:.0f} tok/s",
-                file=sys.stderr,
-                flush=True,
-            )
-    save(out, model, tokenizer, _report(size_name, seed, step, tokens, begin, smooth, model))
+            _log(step, done, smooth, tokens / (60 * passed_min + 1e-9))
+    passed_min = (time.monotonic() - begin) / 60
+    save(run.out, model, tokenizer, _report(run, step, tokens, passed_min, smooth, model))
+
+
+def update(model: Qwen2ForCausalLM, optims: list[torch.optim.Optimizer], batch: Batch) -> float:
+    """One optimiser step; returns the loss before it, in nats."""
+    loss = loss_of(model, batch)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optim in optims:
+        optim.step()
+        optim.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def _log(step: int, done: float, loss: float, tokens_per_s: float) -> None:
+    line = f"step {step} {100 * done:.1f}% loss {loss:.4f} {tokens_per_s:.0f} tok/s"
+    print(line, file=sys.stderr, flush=True)
 
 
 def _report(
-    size_name: str,
-    seed: int,
-    steps: int,
-    tokens: int,
-    begin: float,
-    loss: float,
-    model: Qwen2ForCausalLM,
+    run: Run, steps: int, tokens: int, minutes: float, loss: float, model: Qwen2ForCausalLM
 ) -> Report:
     return Report(
-        size=size_name,
-        seed=seed,
+        size=run.size,
+        seed=run.seed,
+        grown_from=run.base.name if run.base else None,
+        wide=run.wide,
+        rate=run.rate,
         steps=steps,
         tokens=tokens,
-        minutes=round((time.monotonic() - begin) / 60, 1),
+        minutes=round(minutes, 1),
         threads=torch.get_num_threads(),
         loss=round(loss, 5),
         parameters=sum(p.numel() for p in model.parameters()),
@@ -330,10 +340,22 @@ def main() -> None:
         "--grow", type=Path, help="start from this model of equal width and as many or fewer layers"
     )
     parser.add_argument("--wide", action="store_true", help="larger operands than the tasks have")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor of both learning rates")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train(args.size, args.seed, args.steps, args.minutes, args.out, args.grow, args.wide)
+    train(
+        Run(
+            size=args.size,
+            out=args.out,
+            seed=args.seed,
+            base=args.grow,
+            wide=args.wide,
+            steps=args.steps,
+            minutes=args.minutes,
+            rate=args.rate,
+        )
+    )
 
 
 if __name__ == "__main__":
