@@ -7,6 +7,7 @@ all that fails.
 """
 
 import asyncio
+import struct
 from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial
@@ -118,6 +119,22 @@ class Channel:
             self._schedule()
             raise
         self._schedule()
+
+
+def watch_connection(socket: "zmq.Socket[bytes]", on_event: Callable[[int], None]) -> Channel:
+    """Hear of handshakes and broken connections of a socket; call it before ``connect``.
+
+    ``on_event`` gets `zmq.EVENT_HANDSHAKE_SUCCEEDED` or `zmq.EVENT_DISCONNECTED`. What is under way
+    when a connection breaks is lost without a word; this is how an end learns of it. Call the
+    socket's ``disable_monitor`` before closing the returned channel.
+    """
+    monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+
+    def on_frames(frames: list[bytes]) -> None:
+        if len(frames[0]) >= 2:
+            on_event(struct.unpack_from("=H", frames[0])[0])
+
+    return Channel(monitor, on_frames)
 
 
 def make_socket(

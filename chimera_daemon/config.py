@@ -25,7 +25,9 @@ class ConfigError(ValueError):
 class PaperConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Parameters of the `paper` policy (Algorithm 1). The paper does not state their values."""
 
-    tau: Annotated[float, Meta(ge=0.0, le=1e6)] = 0.5  # load slack relative to the least loaded model
+    tau: Annotated[float, Meta(ge=0.0, le=1e6)] = (
+        0.5  # load slack relative to the least loaded model
+    )
     delta_s: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.05  # confidence gain that justifies a model
     starvation_rounds: Positive = 200  # S: rounds passed over until the level drops by one
     service_rounds: Positive = 200  # Q: rounds in service until the level goes back up

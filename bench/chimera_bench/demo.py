@@ -39,6 +39,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"workflows per policy and seed (default: what arrives in {_ARRIVALS_S:g} s)",
     )
+    _add_load(parser)
+    parser.add_argument(
+        "--engines",
+        metavar="A,B,...",
+        help="engines of the configuration to use (default: all, but no more than cores, if there "
+        "is no GPU)",
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="TOML", help="engines and models (default: the testbed)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for rows, plot and logs (default: runs/demo-TIME)",
+    )
+    parser.add_argument(
+        "--chaos",
+        action="store_true",
+        help="kill the busiest engine host with SIGKILL under load, and show what became of it all",
+    )
+    parser.add_argument("--quick", action="store_true", help="a short run; wide intervals")
+
+
+def _add_load(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--load",
         type=float,
@@ -67,27 +92,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run all policies with seed S, then with S+1 in reverse order, and so on, so that "
         "slow changes of the machine favour none (default: 2; with --quick or --chaos: 1)",
     )
-    parser.add_argument(
-        "--engines",
-        metavar="A,B,...",
-        help="engines of the configuration to use (default: all, but no more than cores, if there "
-        "is no GPU)",
-    )
-    parser.add_argument(
-        "--config", type=Path, metavar="TOML", help="engines and models (default: the testbed)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder for rows, plot and logs (default: runs/demo-TIME)",
-    )
-    parser.add_argument(
-        "--chaos",
-        action="store_true",
-        help="kill the busiest engine host with SIGKILL under load, and show what became of it all",
-    )
-    parser.add_argument("--quick", action="store_true", help="a short run; wide intervals")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -85,12 +85,15 @@ def conduct(plan: Plan) -> bool:
     plan.out.mkdir(parents=True, exist_ok=True)
     with Cluster(plan.config, plan.out / "logs") as cluster, Progress() as progress:
         try:
-            return asyncio.run(_conduct(plan, cluster, progress))
+            sound, text = asyncio.run(_conduct(plan, cluster, progress))
         except asyncio.CancelledError:
             raise Terminated from None
+    print(f"\n{text}\n\n{_where(plan)}", flush=True)  # after the bars: they redraw themselves
+    return sound
 
 
-async def _conduct(plan: Plan, cluster: Cluster, progress: Progress) -> bool:
+async def _conduct(plan: Plan, cluster: Cluster, progress: Progress) -> tuple[bool, str]:
+    """Whether every run was sound, and the report."""
     this = asyncio.current_task()
     assert this is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
@@ -116,8 +119,8 @@ async def _conduct(plan: Plan, cluster: Cluster, progress: Progress) -> bool:
         "ready_s": round(ready_s, 1),
         "total_s": round(time.monotonic() - began_s, 1),
     }
-    _report(plan, outcomes, {**facts, **load}, calibration)
-    return all(outcome.sound for runs in outcomes.values() for outcome in runs)
+    text = _report(plan, outcomes, {**facts, **load}, calibration)
+    return all(outcome.sound for runs in outcomes.values() for outcome in runs), text
 
 
 def _capacity(calibration: Calibration | None) -> float:
@@ -250,7 +253,8 @@ def _report(
     outcomes: Mapping[str, Sequence[Outcome]],
     facts: Mapping[str, Any],
     calibration: Calibration | None,
-) -> None:
+) -> str:
+    """Write rows, plot and text; return the text."""
     runs = {policy: [o.records for o in each] for policy, each in outcomes.items()}
     summaries = summary.summarise(runs)
     ours = [policy for policy in _OURS if policy in runs]
@@ -274,7 +278,7 @@ def _report(
         for policy, each in runs.items()
     }
     plot.draw(plan.out / "demo.png", summaries, latencies_s, title)
-    print(f"\n{text}\n\n{_where(plan)}", flush=True)
+    return text
 
 
 def _text(
@@ -286,6 +290,8 @@ def _text(
     comparisons: Sequence[summary.Comparison],
 ) -> str:
     parts = [_setting(plan, facts, calibration, summaries), report.policies_table(summaries)]
+    if len(plan.seeds) > 1:
+        parts.append(report.by_seed(summaries))
     if comparisons:
         parts.append(report.comparisons_table(comparisons))
         parts.append("\n".join(report.verdict(c) for c in comparisons))
@@ -326,7 +332,7 @@ def _setting(
         )
     lines.append(
         "brackets: 95 % intervals over the workflows of these runs, for chance in tasks and order;"
-        "\n  what the machine changes from run to run is not in them: repeat with --seeds"
+        "\n  what the machine changes from run to run is not in them: compare seeds, add --seeds"
     )
     if (late_s := max(s.client_late_s for s in summaries)) > 0.0:
         lines.append(f"the client itself was late by up to {late_s:.2f} s, which counts as latency")

@@ -50,7 +50,7 @@ def _frontier(axes: Axes, summaries: Sequence[PolicySummary], colours: Mapping[s
             label=s.policy,
         )
     axes.set_xscale("log")
-    _plain_seconds(axes)
+    _plain_seconds(axes, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
     axes.set_xlabel("mean workflow latency, s (log; left is better)")
     axes.set_ylabel("workflows answered correctly, % (up is better)")
     axes.set_title("mean with 95 % intervals", fontsize=10)
@@ -68,7 +68,7 @@ def _distribution(
         shares = [(i + 1) / len(ordered) for i in range(len(ordered))]
         axes.step(ordered, shares, where="post", color=colours[policy], label=policy)
     axes.set_xscale("log")
-    _plain_seconds(axes)
+    _plain_seconds(axes, (1.0, 2.0, 5.0))
     axes.set_ylim(0.0, 1.01)
     axes.set_xlabel("workflow latency, s (log)")
     axes.set_ylabel("share of workflows that took no longer")
@@ -77,10 +77,10 @@ def _distribution(
     axes.legend(fontsize=8, loc="lower right")
 
 
-def _plain_seconds(axes: Axes) -> None:
-    """1, 2, 5, 10 instead of powers of ten."""
+def _plain_seconds(axes: Axes, marks: Sequence[float]) -> None:
+    """These numbers in every decade, instead of powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_locator(LogLocator(base=10, subs=marks))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -38,6 +38,14 @@ def policies_table(summaries: Sequence[PolicySummary]) -> str:
     return table(head, rows)
 
 
+def by_seed(summaries: Sequence[PolicySummary]) -> str:
+    """Mean latency of each seed's run, which shows what the intervals do not have in them."""
+    means = (
+        f"{s.policy} {', '.join(_number(x, 2) for x in s.latency_by_seed_s)}" for s in summaries
+    )
+    return "mean s by seed: " + "; ".join(means)
+
+
 def comparisons_table(comparisons: Sequence[Comparison]) -> str:
     """Ratios over 1 mean that the policy on the left is faster."""
     head = ("policy against baseline", "latency ratio", "ms/token ratio", "success, points")

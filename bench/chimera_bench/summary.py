@@ -44,6 +44,7 @@ class PolicySummary(Struct, frozen=True):
     retried_stages: int
     success: Interval  # share of all workflows, those with errors included
     latency_mean_s: Interval
+    latency_by_seed_s: list[float]  # means: how steady the machine was
     latency_s: dict[str, float]  # p20, p50, p80, p95, p99
     ms_per_token: Interval
     queue_mean_s: float  # per stage, in the daemon
@@ -145,6 +146,7 @@ def _summary(
         retried_stages=sum(s.attempts > 1 for s in stages),
         success=wilson(int(columns.success.sum()), len(records)),
         latency_mean_s=_interval(_mean, picks, columns.latency_s),
+        latency_by_seed_s=[float(_mean(_columns([run]).latency_s)) for run in seeds],
         latency_s=percentiles(columns.latency_s),
         ms_per_token=_interval(_mean, picks, columns.ms_per_token),
         queue_mean_s=_average([s.queue_s for s in stages]),

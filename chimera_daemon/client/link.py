@@ -8,14 +8,13 @@ stay away, or the send queue is full. What was under way when it broke is simply
 
 import asyncio
 import logging
-import struct
 from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
 import zmq
 
-from chimera_daemon.channel import Channel, make_socket
+from chimera_daemon.channel import Channel, make_socket, watch_connection
 from chimera_daemon.messages import PROTOCOL_VERSION, Ping, Pong, ToClient
 from chimera_daemon.wire import check_address, decode_client, encode, request_id_of
 
@@ -80,17 +79,16 @@ class Link:
         )
         socket.setsockopt(zmq.HEARTBEAT_IVL, _ZMTP_BEAT_MS)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _ZMTP_TIMEOUT_MS)
-        monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._monitor = watch_connection(socket, self._on_event)
         try:
             socket.connect(address)
         except zmq.ZMQError as error:
             socket.disable_monitor()
-            monitor.close(linger=0)
+            self._monitor.close()
             socket.close(linger=0)
             raise ValueError(f"address {address!r} is not usable: {error}") from error
         self._socket = socket
         self._channel = Channel(socket, self._on_frames)
-        self._monitor = Channel(monitor, self._on_event)
         self._timer = self._loop.call_later(self.beat_s, self._beat)
 
     def send(self, frames: Sequence[bytes]) -> None:
@@ -134,8 +132,7 @@ class Link:
         self.up = True
         self._owner.on_up(pong, new_daemon)
 
-    def _on_event(self, frames: list[bytes]) -> None:
-        event = struct.unpack_from("=H", frames[0])[0] if len(frames[0]) >= 2 else 0
+    def _on_event(self, event: int) -> None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self.connected = True
             self.up = False

@@ -7,6 +7,8 @@ Life: start the backend, connect, register, then beat. The daemon answers every 
 heartbeat; its answer says who it is and whether it knows this engine. Where it does not (it was
 restarted, or believed the engine lost), it waits for none of the attempts here: they are cancelled,
 and the host registers again. Messages of one host stay in order, so no later attempt can be hit.
+A connection that breaks may have swallowed runs and answers: there the host begins anew under
+another incarnation, which tells a daemon that lives on to run those stages again.
 """
 
 import asyncio
@@ -26,7 +28,7 @@ import zmq
 from msgspec import Struct
 
 from chimera_daemon import wire
-from chimera_daemon.channel import Channel, make_socket
+from chimera_daemon.channel import Channel, make_socket, watch_connection
 from chimera_daemon.config import EngineConfig
 from chimera_daemon.engines.backend import (
     AttemptEvent,
@@ -173,6 +175,8 @@ class Host:
         socket.setsockopt(zmq.IMMEDIATE, 1)
         socket.setsockopt(zmq.HEARTBEAT_IVL, _PING_MS)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 2 * _PING_MS)
+        self._socket = socket
+        self._monitor = watch_connection(socket, self._on_event)
         socket.connect(self._address)
         self._channel = Channel(socket, self._on_frames)
         self._heard_at = self._loop.time()
@@ -190,6 +194,8 @@ class Host:
             if timer is not None:
                 timer.cancel()
         if self._channel is not None:
+            self._socket.disable_monitor()
+            self._monitor.close()
             self._channel.close(_LINGER_MS)
 
     def _leave(self, code: int) -> None:
@@ -334,6 +340,11 @@ class Host:
             case _:
                 assert_never(message)
 
+    def _on_event(self, event: int) -> None:
+        if event == zmq.EVENT_DISCONNECTED:
+            self._known = False
+            self._forget("the connection to the daemon broke")
+
     def _on_run(self, run: Run, payload: bytes) -> None:
         if run.attempt_id in self._attempts:
             log.warning("%s: attempt %d runs already", self.engine.name, run.attempt_id)
@@ -357,8 +368,8 @@ class Host:
         self._heard_at = self._loop.time()
         self._set_beat(beat.heartbeat_s)
         restarted = self._daemon_id not in ("", beat.daemon_id)
-        if restarted or (self._known and not beat.known):
-            self._forget(beat.daemon_id)
+        if self._known and (restarted or not beat.known):
+            self._forget(f"daemon {beat.daemon_id} does not know this engine")
         was_known, self._known = self._known, beat.known
         self._daemon_id = beat.daemon_id
         if was_known and not beat.known and not self._draining:
@@ -375,14 +386,15 @@ class Host:
             self._beat_timer.cancel()
             self._beat_timer = self._loop.call_later(beat_s, self._beat)
 
-    def _forget(self, daemon_id: str) -> None:
-        """Nobody waits for the attempts here any more."""
-        log.warning(
-            "%s: daemon %s does not know this engine; cancelling %d attempts",
-            self.engine.name,
-            daemon_id,
-            len(self._attempts),
-        )
+    def _forget(self, why: str) -> None:
+        """Begin anew: cancel all attempts, under another incarnation.
+
+        The incarnation matters where the daemon does know this engine, for instance because it
+        answered a heartbeat from before: it runs again what is cancelled here.
+        """
+        self.incarnation = secrets.randbits(48)
+        name, attempts = self.engine.name, len(self._attempts)
+        log.warning("%s: %s; cancelling %d attempts", name, why, attempts)
         running, self._attempts = self._attempts, set()
         for attempt_id in running:
             self._backend.cancel(attempt_id)

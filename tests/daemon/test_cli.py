@@ -1,5 +1,6 @@
 """The command line: clear messages and exit codes, never a traceback."""
 
+import asyncio
 import json
 import os
 import socket
@@ -94,7 +95,7 @@ def test_engine_spec() -> None:
         (["--model", "m", "--kind", "echo", "--cpus", "first"], "0,1"),
         (["--model", "m", "--kind", "echo", "--cpus=-1"], "cpus"),
         (["--model", "m", "--kind", "tensorflow"], "tensorflow"),
-        (["--model", "m" * 200, "--kind", "echo"], "model"),
+        (["--model", "m" * 200, "--kind", "echo"], "length <= 128"),
         (["--model", "m", "--kind", "echo", "--orphan-s", "-1"], "--orphan-s"),
         (["--model", "m", "--kind", "echo", "--connect", "localhost:5571"], "tcp://HOST:PORT"),
         (["--spec", "{no json"], "JSON"),
@@ -114,7 +115,7 @@ def test_bad_engine_options(
     [
         (
             "max_quued_stages = 1",
-            "unknown key `max_quued_stages`; did you mean `max_queued_stages`?",
+            "`max_quued_stages`; did you mean `max_queued_stages`?",
         ),
         ("[paper]\ntao = 1", "unknown key `paper.tao`; did you mean `paper.tau`?"),
         ('[[engines]]\nmodle = "m"', "unknown key `engines.modle`; did you mean `engines.model`?"),
@@ -181,8 +182,6 @@ def test_address_in_use(tmp_path: Path) -> None:
 
 
 async def _in_thread(*arguments: str) -> subprocess.CompletedProcess[str]:
-    import asyncio
-
     return await asyncio.to_thread(chimera, *arguments)
 
 
@@ -196,8 +195,6 @@ def test_address_that_cannot_be(tmp_path: Path, address: str) -> None:
 
 def test_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     async def test() -> None:
-        import asyncio
-
         async with World(tmp_path) as world:
             await world.join("e", "m")
             await world.serves()
@@ -244,7 +241,7 @@ def test_without_bench(
 
 def test_without_vllm(tmp_path: Path) -> None:
     """The engine host says what to install, and that a restart is of no use (exit code 3)."""
-    arguments = ("--model", "m", "--path", str(tmp_path), "--connect", f"ipc://{tmp_path}/b")
+    arguments = ("--model", "m", "--path", "org/model", "--connect", f"ipc://{tmp_path}/b")
     ended = chimera("engine", *arguments, prelude="import sys; sys.modules['vllm'] = None")
     assert ended.returncode == 3
     assert "pip install 'chimera-daemon[vllm]'" in ended.stderr

@@ -84,7 +84,9 @@ def elsewhere(*arguments: str) -> Iterator[int]:
     """A process that was started by somebody else, leading a group."""
     command = [sys.executable, "-S", "-c", "import time; time.sleep(100)", *arguments]
     process = subprocess.Popen(command, start_new_session=True)
-    # Somebody else's children are reaped by somebody else.
+    cmdline = Path(f"/proc/{process.pid}/cmdline")
+    while not cmdline.read_bytes():  # there a moment after the process is
+        pass
     try:
         yield process.pid
     finally:
