@@ -58,6 +58,7 @@ from chimera_daemon.policy import (
     ClusterView,
     ModelView,
     Policy,
+    congestion,
     idle_latency_s,
     make_policy,
     remaining_given,
@@ -110,6 +111,7 @@ class Scheduler:
         # Ordered dicts where the oldest is removed: a plain dict looks through its removed entries.
         self._unplaced: OrderedDict[StageKey, LiveStage] = OrderedDict()  # longest waiting first
         self._attempts: dict[int, Attempt] = {}
+        self._patience_s = min(config.reply_keep_s, config.workflow_idle_s)
         self._tickets = count(1)
         self._waiting = 0
         self._waiting_bytes = 0
@@ -275,12 +277,16 @@ class Scheduler:
         live.unplaced_s = -1.0
         live.model = choice.model
         live.predicted = predicted
+        tokens, bound = predicted.stage_tokens_mean, live.stage.max_tokens
+        live.tokens = tokens if tokens < bound else float(bound)
         live.rank = self._policy.rank(live.stage, predicted, live.arrived_s)
         live.claim = claim = predicted.remaining_tokens[1]
         view.claims += 1
         view.claimed_tokens += claim
         if live.attempts == 0:
-            if live.workflow.model is None:
+            if live.workflow.model is None and not (
+                self._idle_latency_seen and live.arrival % _SAMPLE
+            ):
                 self._learn_idle_latency(live)
             self.counters[_DECIDED[live.prediction.source]] += 1
         if view.waiting or view.running >= view.slots:
@@ -305,12 +311,13 @@ class Scheduler:
         return self._ask_policy(live, self._placeable)
 
     def _ask_policy(self, live: LiveStage, views: list[ModelView]) -> Choice:
+        for view in views:
+            if view.congestion is None:
+                view.congestion = congestion(view)
         return self._policy.choose(live.stage, live.prediction, live.workflow, views, self._cluster)
 
     def _learn_idle_latency(self, live: LiveStage) -> None:
         """Running average of what a new workflow would take on the fastest idle model."""
-        if self._idle_latency_seen and live.arrival % _SAMPLE:
-            return
         value = min(
             idle_latency_s(live.stage, live.prediction.of(view.name), view)
             for view in self._placeable
@@ -349,10 +356,9 @@ class Scheduler:
         return best
 
     def _enqueue(self, live: LiveStage, model: Model) -> None:
-        assert live.predicted is not None
         live.state = State.QUEUED
-        live.tokens = min(live.predicted.stage_tokens_mean, float(live.stage.max_tokens))
         view = model.view
+        view.congestion = None
         view.waiting += 1
         view.waiting_tokens += live.tokens
         view.waiting_prompt += live.stage.prompt_tokens
@@ -360,6 +366,7 @@ class Scheduler:
 
     def _dequeued(self, live: LiveStage, model: Model) -> None:
         view = model.view
+        view.congestion = None
         view.waiting -= 1
         # Sums of floats drift; an empty queue is where the sum is known.
         view.waiting_tokens = view.waiting_tokens - live.tokens if view.waiting else 0.0
@@ -374,7 +381,7 @@ class Scheduler:
         live.attempts += 1
         self._waiting -= 1
         self._waiting_bytes -= live.stage.payload_bytes
-        owed = min(live.predicted.stage_tokens_mean, float(live.stage.max_tokens))
+        owed = live.tokens
         receipt = Receipt(
             self._policy.name,
             live.prediction.source,
@@ -394,8 +401,10 @@ class Scheduler:
         self._attempts[attempt_id] = attempt
         engine.running[attempt_id] = attempt
         engine.owed += owed
-        model.view.running += 1
-        model.view.running_tokens += owed
+        view = model.view
+        view.congestion = None
+        view.running += 1
+        view.running_tokens += owed
         live.workflow.model = live.model
         live.workflow.engine = engine.engine_id
         priority = live.level * _LEVEL_SPAN + int(live.rank)
@@ -438,6 +447,7 @@ class Scheduler:
                 StageOutcome(live.stage.stage, live.model, usage.prompt_tokens, usage.output_tokens)
             )
         view = engine.model.view
+        view.congestion = None
         if view.output_mean:
             view.prompt_mean += _NEWEST * (usage.prompt_tokens - view.prompt_mean)
             view.output_mean += _NEWEST * (usage.output_tokens - view.output_mean)
@@ -489,6 +499,7 @@ class Scheduler:
         live.attempt = None
         engine.owed = engine.owed - attempt.owed if engine.running else 0.0
         if engine.engine_id in engine.model.engines:
+            view.congestion = None
             view.running -= 1
             view.running_tokens = view.running_tokens - attempt.owed if view.running else 0.0
         self._unclaim(live)
@@ -519,7 +530,8 @@ class Scheduler:
             or len(self._answered) > config.reply_keep
         ):
             self._forget_oldest()
-        self._arm(self._now + min(config.reply_keep_s, config.workflow_idle_s))
+        if self._armed_s is None or self._armed_s > self._now + self._patience_s:
+            self._arm(self._now + self._patience_s)
 
     def _forget_oldest(self) -> None:
         _, key = self._answered_order.popleft()
@@ -636,6 +648,7 @@ class Scheduler:
     def _recompute(self, model: Model) -> None:
         """Set what the model's view sums over its engines. Engines change rarely."""
         view, engines = model.view, list(model.engines.values())
+        view.congestion = None
         view.engines = len(engines)
         view.slots = sum(e.max_inflight for e in engines)
         view.running = sum(len(e.running) for e in engines)
@@ -665,8 +678,11 @@ class Scheduler:
         engine.stats = stats
         view = engine.model.view
         serving = engine.engine_id in engine.model.engines
-        foreign = max(stats.running + stats.waiting - len(engine.running), 0)
-        if serving:
+        # Ours as of now or as of the report, whichever is more: some ended or began in between.
+        ours = max(len(engine.running), len(event.progress))
+        foreign = max(stats.running + stats.waiting - ours, 0)
+        if serving and foreign != engine.foreign:
+            view.congestion = None
             view.foreign += foreign - engine.foreign
         engine.foreign = foreign
         for attempt_id, produced in event.progress.items():
@@ -812,6 +828,7 @@ class Scheduler:
         assert view.slots == sum(e.max_inflight for e in engines)
         assert view.running == sum(len(e.running) for e in engines)
         assert view.foreign == sum(e.foreign for e in engines)
+        assert view.congestion is None or view.congestion == congestion(view)
         assert not view.waiting or view.running == view.slots, "a slot is free and a stage waits"
         assert abs(view.running_tokens - sum(e.owed for e in engines)) < 1e-3
         assert abs(view.waiting_tokens - sum(s.tokens for s in queued)) < 1e-3

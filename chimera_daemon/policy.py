@@ -16,6 +16,15 @@ from chimera_daemon.messages import Candidate, ModelPrediction, Prediction, Stag
 _MAX_PREFILL_SHARE = 0.9
 
 
+class Congestion(Struct, frozen=True, gc=False):
+    """What a view comes down to for a stage that would join: terms of F and X below."""
+
+    present: float  # attempts at work or waiting, per engine
+    tpot_s: float  # seconds per output token of a stage in the batch
+    wait_s: float  # until a stage that comes now starts
+    delay_s_per_token: float  # that each output token of such a stage costs the others
+
+
 class ModelView(Struct):
     """Congestion of one model: all its ready engines and its queue together."""
 
@@ -39,6 +48,7 @@ class ModelView(Struct):
     full_s_per_token: float = 0.0  # engine seconds per output token with all slots at work
     prompt_mean: float = 0.0  # per finished stage, running average
     output_mean: float = 0.0
+    congestion: Congestion | None = None  # of this view, if it has not changed since
 
 
 class WorkflowView(Struct):
@@ -115,6 +125,33 @@ def idle_latency_s(stage: Stage, prediction: ModelPrediction, view: ModelView) -
     return stage.prompt_tokens * view.prefill_s_per_token + decode
 
 
+def congestion(view: ModelView) -> Congestion:
+    """The terms of F and X that depend on the view alone, all per engine of the model.
+
+    The core computes them once for all stages that see the same view.
+    """
+    engines = view.engines
+    slots = view.slots_each
+    running = (view.running + view.foreign) / engines
+    waiting = view.waiting / engines
+    present = running + waiting
+    batch = present + 1.0 if present + 1.0 < slots else slots
+    step = view.step_s + view.step_per_seq_s * batch
+
+    # Decoding stands still while other stages of the batch are prefilled.
+    tpot = step
+    others = view.prompt_mean * view.prefill_s_per_token * (batch - 1.0)
+    if others > 0.0:
+        share = others / (others + view.output_mean * step)
+        tpot /= 1.0 - (share if share < _MAX_PREFILL_SHARE else _MAX_PREFILL_SHARE)
+
+    wait = view.waiting_prompt / engines * view.prefill_s_per_token
+    if present >= slots:
+        wait += view.waiting_tokens / engines * view.full_s_per_token
+    delay = view.full_s_per_token * waiting + view.step_per_seq_s * running
+    return Congestion(present, tpot, wait, delay)
+
+
 def finish_and_delay_s(
     stage: Stage, prediction: ModelPrediction, workflow: WorkflowView, view: ModelView
 ) -> tuple[float, float]:
@@ -124,34 +161,15 @@ def finish_and_delay_s(
     with P prompt tokens not yet in the prefix cache, R mean tokens and S stages still to come, n
     attempts at work or waiting, B slots, all per engine of the model.
     """
-    engines = view.engines
-    slots = view.slots_each
-    running = (view.running + view.foreign) / engines
-    waiting = view.waiting / engines
-    present = running + waiting
-    batch = present + 1.0 if present + 1.0 < slots else slots
-    step = view.step_s + view.step_per_seq_s * batch
-    prefill_s = view.prefill_s_per_token
-
+    terms = view.congestion or congestion(view)
     prompt = stage.prompt_tokens
     if workflow.model == view.name:
         prompt = max(prompt - workflow.context_tokens, 0)
-    prefill = prompt * prefill_s
+    prefill = prompt * view.prefill_s_per_token
     tokens = prediction.remaining_tokens_mean
-
-    # Decoding stands still while other stages of the batch are prefilled.
-    tpot = step
-    others = view.prompt_mean * prefill_s * (batch - 1.0)
-    if others > 0.0:
-        share = others / (others + view.output_mean * step)
-        tpot /= 1.0 - (share if share < _MAX_PREFILL_SHARE else _MAX_PREFILL_SHARE)
-
-    wait = view.waiting_prompt / engines * prefill_s
-    if present >= slots:
-        wait += view.waiting_tokens / engines * view.full_s_per_token
-    finish = prefill + tokens * tpot + (1.0 + prediction.remaining_stages) * wait
-    per_token = view.full_s_per_token * waiting + view.step_per_seq_s * running
-    return finish, prefill * present + tokens * per_token
+    wait = (1.0 + prediction.remaining_stages) * terms.wait_s
+    finish = prefill + tokens * terms.tpot_s + wait
+    return finish, prefill * terms.present + tokens * terms.delay_s_per_token
 
 
 def _chimera(config: Config) -> Policy:
