@@ -13,7 +13,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from fake_front import RECEIPT, FakeFront, Received
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,6 +54,7 @@ from chimera_daemon.messages import (
     Usage,
 )
 from chimera_daemon.wire import encode
+from fake_front import RECEIPT, FakeFront, Received
 
 ROOT = Path(__file__).resolve().parent.parent
 ASK = [{"role": "user", "content": "2 + 2 = ?"}]

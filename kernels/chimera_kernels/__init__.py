@@ -1,1 +1,1 @@
-"""Triton kernels of the predictors and their plain-torch reference. Empty for now: see ../README.md."""
+"""Triton kernels of the predictors and their plain-torch reference: empty, see ../README.md."""

@@ -1,1 +1,1 @@
-"""Learned confidence and length predictors, their training and calibration. Empty: see ../README.md."""
+"""Learned predictors of confidence and length, their training: empty, see ../README.md."""

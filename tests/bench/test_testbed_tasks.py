@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from chimera_bench.testbed import arithmetic, listcode, oracle
 from chimera_bench.testbed.safe_eval import MAX_CHARS, EvalError, evaluate
-from chimera_bench.testbed.tasks import DIFFICULTIES, canonical, check, generate, split_of
+from chimera_bench.testbed.tasks import DIFFICULTIES, Kind, canonical, check, generate, split_of
 
 TASKS = generate("validation", 200, seed=7)
 MATH = next(t for t in TASKS if t.kind == "math")
@@ -44,7 +44,8 @@ def test_split_does_not_depend_on_the_wording():
 
 
 def test_difficulty_is_the_number_of_steps_and_shows_in_the_prompt():
-    for kind, extra in (("math", 0), ("code", 1)):
+    steps: tuple[tuple[Kind, int], ...] = (("math", 0), ("code", 1))
+    for kind, extra in steps:
         lengths = []
         for difficulty in DIFFICULTIES:
             tasks = generate("validation", 40, 2, (kind,), (difficulty,))

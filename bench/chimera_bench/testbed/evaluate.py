@@ -99,7 +99,7 @@ def table(cells: Sequence[Cell]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="model folder")
     parser.add_argument("--split", choices=("validation", "demo"), default="validation")
     parser.add_argument("--per-cell", type=int, default=30, help="tasks per kind and difficulty")

@@ -50,7 +50,7 @@ def metrics(found: dict[str, Evaluation], split: str, seed: int) -> dict[str, ob
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--per-cell", type=int, default=20, help="tasks per kind and difficulty")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -18,16 +18,20 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
 import transformers
 from torch.nn import functional
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from chimera_bench.testbed import tokenizer as vocabulary
 from chimera_bench.testbed.arithmetic import TASK_LIMITS, WIDE_LIMITS, drill
 from chimera_bench.testbed.corpus import Conversation, conversations
+
+# A fast tokenizer of transformers, whose own annotations allow far more than it returns.
+Tokenizer = Any
 
 _CORPUS_FOR_VOCABULARY = 4000  # conversations
 _BUCKET = 512  # conversations sorted by length together, to pad little
@@ -66,7 +70,7 @@ class Batch(msgspec.Struct, frozen=True):
     targets: torch.Tensor
 
 
-def build_model(size: Size, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def build_model(size: Size, tokenizer: Tokenizer) -> Qwen2ForCausalLM:
     """A fresh model with tied embeddings."""
     config = Qwen2Config(
         vocab_size=math.ceil(len(tokenizer) / 64) * 64,
@@ -84,7 +88,7 @@ def build_model(size: Size, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausa
     return Qwen2ForCausalLM(config)
 
 
-def grow(small: Qwen2ForCausalLM, large: Qwen2ForCausalLM) -> None:
+def grow(small: Any, large: Any) -> None:
     """Give `large` the function of `small`, of the same width and fewer layers.
 
     Each layer is followed by copies of itself whose output projections are zero: they pass their
@@ -102,15 +106,13 @@ def grow(small: Qwen2ForCausalLM, large: Qwen2ForCausalLM) -> None:
             torch.nn.init.zeros_(layer.mlp.down_proj.weight)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> Tokenizer:
     """The shared tokenizer: always from the same corpus, so equal for all sizes and seeds."""
     talks = itertools.islice(conversations(0, WIDE_LIMITS), _CORPUS_FOR_VOCABULARY)
     return vocabulary.build(m["content"] for talk in talks for m in talk.messages)
 
 
-def encode(
-    talks: list[Conversation], tokenizer: PreTrainedTokenizerFast
-) -> list[tuple[list[int], list[int]]]:
+def encode(talks: list[Conversation], tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
     """Token ids and targets of each conversation, as the chat template renders it."""
     texts = [m["content"] for talk in talks for m in talk.messages]
     pieces = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
@@ -133,7 +135,7 @@ def encode(
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerFast, seed: int, batch_tokens: int, limits: tuple[int, ...]
+    tokenizer: Tokenizer, seed: int, batch_tokens: int, limits: tuple[int, ...]
 ) -> Iterator[Batch]:
     """Batches of at most about `batch_tokens` tokens, of conversations of similar length."""
     source = conversations(seed, limits)
@@ -152,7 +154,7 @@ def batches(
 
 
 def _drill_row(
-    rng: random.Random, tokenizer: PreTrainedTokenizerFast, limits: tuple[int, ...]
+    rng: random.Random, tokenizer: Tokenizer, limits: tuple[int, ...]
 ) -> tuple[list[int], list[int]]:
     """Single equations in one row; only what stands behind an equals sign is learnt."""
     ids = [tokenizer.convert_tokens_to_ids(vocabulary.ASSISTANT)]
@@ -309,12 +311,10 @@ def _report(
     )
 
 
-def save(
-    folder: Path, model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, report: Report
-) -> None:
+def save(folder: Path, model: Qwen2ForCausalLM, tokenizer: Tokenizer, report: Report) -> None:
     """Write bf16 weights, tokenizer with chat template, generation settings and the report."""
     folder.mkdir(parents=True, exist_ok=True)
-    copy = Qwen2ForCausalLM(model.config)
+    copy: Any = Qwen2ForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
     copy.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
@@ -330,7 +330,7 @@ def save(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", choices=sorted(SIZES), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--minutes", type=float, default=20.0, help="wall time, without --steps")
