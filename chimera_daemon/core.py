@@ -502,11 +502,10 @@ class Scheduler:
             view.congestion = None
             view.running -= 1
             view.running_tokens = view.running_tokens - attempt.owed if view.running else 0.0
-        self._unclaim(live)
+        self._unclaim(live, view)
 
-    def _unclaim(self, live: LiveStage) -> None:
+    def _unclaim(self, live: LiveStage, view: ModelView) -> None:
         """The stage counts on its model no longer."""
-        view = self._models[live.model].view
         view.claims -= 1
         view.claimed_tokens = max(view.claimed_tokens - live.claim, 0.0) if view.claims else 0.0
         live.claim = 0.0
@@ -525,10 +524,8 @@ class Scheduler:
         self._answered[live.key] = (live.stage.digest, answer_bytes)
         self._answered_order.append((self._now + config.reply_keep_s, live.key))
         self._answered_bytes += answer_bytes
-        while (
-            self._answered_bytes > config.reply_keep_bytes
-            or len(self._answered) > config.reply_keep
-        ):
+        answered = self._answered
+        while self._answered_bytes > config.reply_keep_bytes or len(answered) > config.reply_keep:
             self._forget_oldest()
         if self._armed_s is None or self._armed_s > self._now + self._patience_s:
             self._arm(self._now + self._patience_s)
@@ -573,7 +570,7 @@ class Scheduler:
             model = self._models[live.model]
             model.queue.remove(live)
             self._dequeued(live, model)
-            self._unclaim(live)
+            self._unclaim(live, model.view)
 
     # Workflows end.
 
@@ -722,7 +719,7 @@ class Scheduler:
             for live in sorted(model.queue.items(), key=lambda s: s.arrival):
                 model.queue.remove(live)
                 self._dequeued(live, model)
-                self._unclaim(live)
+                self._unclaim(live, model.view)
                 self._place(live)
 
     # Time passes.

@@ -59,6 +59,7 @@ class Size(msgspec.Struct, frozen=True):
 SIZES = {
     "s": Size(96, 2, 3, 3, 256, 0.02, 3e-3, 2048),
     "m": Size(96, 4, 3, 3, 256, 0.01, 1.5e-3, 1024),
+    "l8": Size(96, 8, 3, 3, 256, 0.01, 1.5e-3, 1024),  # on the way from m to l
     "l": Size(96, 24, 3, 3, 256, 0.01, 1.5e-3, 1024),
 }
 
