@@ -70,6 +70,9 @@ from chimera_daemon.state import Attempt, Engine, LiveStage, Model, State, Workf
 _MAX_OUTCOMES = 256
 # Weight of the newest value in the running averages (about the last 64 values count).
 _NEWEST = 1.0 / 64.0
+# Services shorter than this by the profile say nothing about it; a single one no more than this.
+_MIN_SERVICE_S = 1e-4
+_MAX_SLOWDOWN = 50.0
 # One in so many new workflows is looked at for the idle latency: it changes slowly.
 _SAMPLE = 4
 # Timers that come due within so many seconds share one `Woke`.
@@ -446,16 +449,20 @@ class Scheduler:
             workflow.outcomes.append(
                 StageOutcome(live.stage.stage, live.model, usage.prompt_tokens, usage.output_tokens)
             )
-        view = engine.model.view
-        view.congestion = None
-        if view.output_mean:
-            view.prompt_mean += _NEWEST * (usage.prompt_tokens - view.prompt_mean)
-            view.output_mean += _NEWEST * (usage.output_tokens - view.output_mean)
-        else:
-            view.prompt_mean, view.output_mean = usage.prompt_tokens, usage.output_tokens
         receipt = attempt.receipt
         receipt.actual_tokens = usage.output_tokens
-        receipt.service_s = self._now - attempt.started_s
+        receipt.service_s = service_s = self._now - attempt.started_s
+        # The profile was measured alone; what stages really take is learned as they finish.
+        profile = engine.profile
+        expected_s = (
+            usage.prompt_tokens * profile.prefill_s_per_token
+            + usage.output_tokens * profile.step(len(engine.running) + 1)
+        )
+        if expected_s > _MIN_SERVICE_S:
+            ratio = min(max(service_s / expected_s, 1.0 / _MAX_SLOWDOWN), _MAX_SLOWDOWN)
+            view = engine.model.view
+            view.congestion = None
+            view.slowdown += _NEWEST * (ratio - view.slowdown)
         self.counters["completed"] += 1
         self._out.append(Reply(live.key, attempt.attempt_id, engine.engine_id, receipt))
         self._answer(live, event.answer_bytes)

@@ -12,14 +12,12 @@ from msgspec import Struct
 from chimera_daemon.config import Config
 from chimera_daemon.messages import Candidate, ModelPrediction, Prediction, Stage
 
-# Share of engine time that other stages' prefills may be assumed to take at most.
-_MAX_PREFILL_SHARE = 0.9
-
 
 class Congestion(Struct, frozen=True, gc=False):
     """What a view comes down to for a stage that would join: terms of F and X below."""
 
     present: float  # attempts at work or waiting, per engine
+    prefill_s_per_token: float
     tpot_s: float  # seconds per output token of a stage in the batch
     wait_s: float  # until a stage that comes now starts
     delay_s_per_token: float  # that each output token of such a stage costs the others
@@ -46,8 +44,9 @@ class ModelView(Struct):
     prefill_s_per_token: float = 0.0
     slots_each: float = 1.0  # per engine
     full_s_per_token: float = 0.0  # engine seconds per output token with all slots at work
-    prompt_mean: float = 0.0  # per finished stage, running average
-    output_mean: float = 0.0
+    # Seconds that finished stages took over those that the profile says, running average: prefills
+    # of others, a shared machine, a profile measured on better days.
+    slowdown: float = 1.0
     congestion: Congestion | None = None  # of this view, if it has not changed since
 
 
@@ -130,26 +129,20 @@ def congestion(view: ModelView) -> Congestion:
 
     The core computes them once for all stages that see the same view.
     """
-    engines = view.engines
-    slots = view.slots_each
+    engines, slots, slowdown = view.engines, view.slots_each, view.slowdown
     running = (view.running + view.foreign) / engines
     waiting = view.waiting / engines
     present = running + waiting
     batch = present + 1.0 if present + 1.0 < slots else slots
     step = view.step_s + view.step_per_seq_s * batch
-
-    # Decoding stands still while other stages of the batch are prefilled.
-    tpot = step
-    others = view.prompt_mean * view.prefill_s_per_token * (batch - 1.0)
-    if others > 0.0:
-        share = others / (others + view.output_mean * step)
-        tpot /= 1.0 - (share if share < _MAX_PREFILL_SHARE else _MAX_PREFILL_SHARE)
-
-    wait = view.waiting_prompt / engines * view.prefill_s_per_token
+    prefill = view.prefill_s_per_token
+    wait = view.waiting_prompt / engines * prefill
     if present >= slots:
         wait += view.waiting_tokens / engines * view.full_s_per_token
     delay = view.full_s_per_token * waiting + view.step_per_seq_s * running
-    return Congestion(present, tpot, wait, delay)
+    return Congestion(
+        present, slowdown * prefill, slowdown * step, slowdown * wait, slowdown * delay
+    )
 
 
 def finish_and_delay_s(
@@ -159,13 +152,13 @@ def finish_and_delay_s(
 
     ``F = prefill(P) + R tpot + S W`` and ``X = prefill n + R step(B)/B waiting + R dstep running``
     with P prompt tokens not yet in the prefix cache, R mean tokens and S stages still to come, n
-    attempts at work or waiting, B slots, all per engine of the model.
+    attempts at work or waiting, B slots, all per engine of the model, times its slowdown.
     """
     terms = view.congestion or congestion(view)
     prompt = stage.prompt_tokens
     if workflow.model == view.name:
         prompt = max(prompt - workflow.context_tokens, 0)
-    prefill = prompt * view.prefill_s_per_token
+    prefill = prompt * terms.prefill_s_per_token
     tokens = prediction.remaining_tokens_mean
     wait = (1.0 + prediction.remaining_stages) * terms.wait_s
     finish = prefill + tokens * terms.tpot_s + wait

@@ -47,7 +47,16 @@ def _models(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
     return _table(
-        ("model", "engines", "running", "slots", "waiting", "tokens waiting", "step ms"),
+        (
+            "model",
+            "engines",
+            "running",
+            "slots",
+            "waiting",
+            "tokens waiting",
+            "step ms",
+            "slowdown",
+        ),
         [
             (
                 row["name"],
@@ -57,6 +66,7 @@ def _models(rows: list[dict[str, Any]]) -> str:
                 row["waiting"],
                 f"{row['waiting_tokens']:.0f}",
                 f"{1e3 * (row['step_s'] + row['step_per_seq_s'] * row['slots_each']):.2f}",
+                f"{row['slowdown']:.2f}",
             )
             for row in rows
         ],

@@ -67,16 +67,16 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--load",
         type=float,
-        default=1.0,
+        default=2.0,
         metavar="X",
         help="arrival rate as a share of the capacity that a calibration finds under uniform "
-        "routing (default: %(default)s)",
+        "routing; engines that share the work better take more (default: %(default)s)",
     )
     parser.add_argument(
         "--rate",
         type=float,
         metavar="R",
-        help="arrival rate in workflows/s instead, without calibration",
+        help="arrival rate in workflows/s instead",
     )
     parser.add_argument(
         "--seed",

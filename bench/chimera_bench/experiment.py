@@ -123,14 +123,18 @@ async def _conduct(plan: Plan, cluster: Cluster, progress: Progress) -> tuple[bo
     return all(outcome.sound for runs in outcomes.values() for outcome in runs), text
 
 
-def _capacity(calibration: Calibration | None) -> float:
-    if calibration is None or not calibration.capacity_per_s > 0.0:
+def _capacity(calibration: Calibration) -> float:
+    if not calibration.capacity_per_s > 0.0:
         raise RuntimeError("the calibration saw no finished stage; give --rate")
     return calibration.capacity_per_s
 
 
-async def _prepare(plan: Plan, cluster: Cluster, progress: Progress) -> Calibration | None:
-    """Start the engines, and measure what they can do unless the rate is given."""
+async def _prepare(plan: Plan, cluster: Cluster, progress: Progress) -> Calibration:
+    """Start the engines and measure what they can do.
+
+    Also where the rate is given: engines that have not yet seen many batches are slow for seconds,
+    and the first policy would pay for it (seen: four times the latency).
+    """
     engines = plan.config.engines
     progress.phase("engines start", len(engines))
 
@@ -142,8 +146,6 @@ async def _prepare(plan: Plan, cluster: Cluster, progress: Progress) -> Calibrat
     async with cluster.daemon(_CALIBRATION_POLICY, on_state) as client:
         status = await client.status()
         progress.end(", ".join(f"{e.name}: {e.model}" for e in engines))
-        if plan.rate_per_s is not None:
-            return None
         slots = sum(row["max_inflight"] for row in status["core"]["engines"])
         return await _calibrate(client, progress, min(_MAX_IN_FLIGHT, 2 * slots), plan)
 
@@ -252,7 +254,7 @@ def _report(
     plan: Plan,
     outcomes: Mapping[str, Sequence[Outcome]],
     facts: Mapping[str, Any],
-    calibration: Calibration | None,
+    calibration: Calibration,
 ) -> str:
     """Write rows, plot and text; return the text."""
     runs = {policy: [o.records for o in each] for policy, each in outcomes.items()}
@@ -285,7 +287,7 @@ def _text(
     plan: Plan,
     outcomes: Mapping[str, Sequence[Outcome]],
     facts: Mapping[str, Any],
-    calibration: Calibration | None,
+    calibration: Calibration,
     summaries: Sequence[summary.PolicySummary],
     comparisons: Sequence[summary.Comparison],
 ) -> str:
@@ -307,7 +309,7 @@ def _text(
 def _setting(
     plan: Plan,
     facts: Mapping[str, Any],
-    calibration: Calibration | None,
+    calibration: Calibration,
     summaries: Sequence[summary.PolicySummary],
 ) -> str:
     versions = facts["versions"]
@@ -319,12 +321,11 @@ def _setting(
         f"the same {summaries[0].workflows} workflows for every policy (seeds {list(plan.seeds)}), "
         f"Poisson arrivals at {facts['rate_per_s']:.2f} workflows/s"
     )
-    if calibration is not None:
-        lines.append(
-            f"  = {plan.load:g} x the {calibration.capacity_per_s:.2f} workflows/s that uniform "
-            f"routing reached, {calibration.in_flight} at a time "
-            f"({calibration.tokens_per_s:.0f} output tokens/s)"
-        )
+    lines.append(
+        f"  = {facts['rate_per_s'] / _capacity(calibration):.2g} x the "
+        f"{calibration.capacity_per_s:.2f} workflows/s that uniform routing reached, "
+        f"{calibration.in_flight} at a time ({calibration.tokens_per_s:.0f} output tokens/s)"
+    )
     if facts["load_1m"] > _BUSY_LOAD:
         lines.append(
             f"OTHER WORK was on this machine: a load average of {facts['load_1m']:g} on "

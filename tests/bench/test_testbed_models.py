@@ -94,7 +94,8 @@ def test_measured_success_grows_with_size_and_falls_with_difficulty():
     for name in NAMES:
         cells = [Cell(**cell) for cell in METRICS["models"][name]["cells"]]
         assert rate(cells) == pytest.approx(METRICS["models"][name]["success"], abs=1e-3)
-        assert rate(cells, difficulty=1) > rate(cells, difficulty=6)
+        # Not from each to the next: of the easiest code problems there are few, none of them seen.
+        assert rate(cells, difficulty=2) > rate(cells, difficulty=6)
         assert table(cells).count("\n") == 8
 
 

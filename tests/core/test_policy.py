@@ -109,22 +109,8 @@ IDLE = WorkflowView("w", "code")
         ),
         # and none if it ran on another model
         (view(), predict(100), WorkflowView("w", "code", "large", "e", 60), 0.01 + 1.1, 0.0),
-        # .01 s of prefill by the other for each 1.2 s of decoding: tpot is longer by that share
-        (
-            view(running=1, prompt_mean=100.0, output_mean=100.0),
-            predict(100),
-            IDLE,
-            0.01 + 100 * 0.0121,
-            0.11,
-        ),
-        # prefills may be assumed to take nine tenths at most
-        (
-            view(running=1, prompt_mean=1e9, output_mean=1.0),
-            predict(100),
-            IDLE,
-            0.01 + 100 * 0.12,
-            0.11,
-        ),
+        # stages have been seen to take three times what the profile says: so will this one
+        (view(running=1, slowdown=3.0), predict(100), IDLE, 3 * (0.01 + 1.2), 3 * (0.01 + 0.1)),
     ],
 )
 def test_finish_and_delay_by_hand(
@@ -150,7 +136,7 @@ def test_the_score_is_confidence_less_price_times_relative_seconds() -> None:
 
 
 VIEWS = st.builds(
-    lambda engines, slots, running, waiting, tokens, prompt, means, steps: view(
+    lambda engines, slots, running, waiting, tokens, prompt, slowdown, steps: view(
         engines=engines,
         slots=engines * slots,
         slots_each=float(slots),
@@ -158,8 +144,7 @@ VIEWS = st.builds(
         waiting=waiting,
         waiting_tokens=tokens,
         waiting_prompt=prompt,
-        prompt_mean=means[0],
-        output_mean=means[1],
+        slowdown=slowdown,
         step_s=steps[0],
         step_per_seq_s=steps[1],
         prefill_s_per_token=steps[2],
@@ -171,7 +156,7 @@ VIEWS = st.builds(
     st.integers(0, 300),
     st.floats(0, 1e6),
     st.integers(0, 10**6),
-    st.tuples(st.floats(0, 1e4), st.floats(0, 1e4)),
+    st.floats(0.02, 50.0),
     st.tuples(st.floats(0, 1.0), st.floats(0, 1.0), st.floats(0, 1.0)),
 )
 PREDICTED = st.builds(

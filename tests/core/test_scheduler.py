@@ -912,3 +912,19 @@ def test_free_workflows_do_not_make_the_price_of_a_second_infinite(scheduler: Ma
         s.submit(model="free")
         s.finish(s.last_attempt)
     assert s.core.snapshot()["idle_latency_s"] > 0.1
+
+
+def test_what_stages_really_take_is_learned_and_moves_the_choice(scheduler: Make) -> None:
+    """The small model is quicker by its profile, and ten times slower than that in truth."""
+    s = scheduler(price=1.0)
+    s.join("a", "small", slots=4)
+    s.join("b", "large", slots=4, profile=Profile(0.02, 0.002, 0.0002))
+    same = prediction("prior", small=predict(50.0, 0.5), large=predict(50.0, 0.5))
+    models: list[str] = []
+    for _ in range(100):
+        (sent,) = of(s.submit(same), Dispatch)
+        models.append(sent.receipt.model)
+        s.now += (10.0 if sent.receipt.model == "small" else 2.0) * (0.01 + 50 * 0.011)
+        s.finish(sent.attempt_id, tokens=50)
+    assert models[0] == "small"
+    assert models[-1] == "large"
