@@ -106,7 +106,7 @@ async def read(stream: Stream) -> list[str]:
     return [text async for text in stream]
 
 
-# --- plain requests --------------------------------------------------------------------------
+# Plain requests.
 
 
 def test_stages_are_numbered_and_answered() -> None:
@@ -187,7 +187,7 @@ def test_import_is_light() -> None:
     assert python("-c", code).stdout.strip() == "[]"
 
 
-# --- errors ----------------------------------------------------------------------------------
+# Errors.
 
 
 @pytest.mark.parametrize("code", sorted(_BY_CODE))
@@ -379,7 +379,7 @@ def test_an_unreadable_message_of_ours_fails_what_is_pending() -> None:
     run(body)
 
 
-# --- retries ---------------------------------------------------------------------------------
+# Retries.
 
 
 def test_retries_wait_and_use_a_new_request_id() -> None:
@@ -421,7 +421,7 @@ def test_retries_are_bounded_and_only_for_what_is_retryable() -> None:
     run(body)
 
 
-# --- cancel and timeouts ---------------------------------------------------------------------
+# Cancel and timeouts.
 
 
 def test_cancelling_the_task_cancels_the_request() -> None:
@@ -495,7 +495,7 @@ def test_cancel_while_the_daemon_is_away_is_sent_later() -> None:
     run(body)
 
 
-# --- reconnect -------------------------------------------------------------------------------
+# Reconnect.
 
 
 @pytest.mark.parametrize("daemon_id", [None, "two"])
@@ -656,7 +656,7 @@ def test_nothing_is_lost_when_everything_happens(seed: int) -> None:
     run(body, timeout_s=60)
 
 
-# --- closing workflows -----------------------------------------------------------------------
+# Closing workflows.
 
 
 def test_a_lost_acknowledgement_of_a_close() -> None:
@@ -711,7 +711,7 @@ def test_closing_twice_under_one_id() -> None:
     run(body)
 
 
-# --- garbage ---------------------------------------------------------------------------------
+# Garbage.
 
 
 def test_garbage_from_the_daemon() -> None:
@@ -775,7 +775,7 @@ def test_an_unreadable_answer_fails_its_request() -> None:
     run(body)
 
 
-# --- streams ---------------------------------------------------------------------------------
+# Streams.
 
 
 def test_stream() -> None:
@@ -969,7 +969,7 @@ def test_leaving_a_stream_early_cancels() -> None:
     run(body)
 
 
-# --- plain threads ---------------------------------------------------------------------------
+# Plain threads.
 
 
 class Thread:
@@ -1102,7 +1102,7 @@ def test_sync_close_while_another_thread_waits() -> None:
     assert [type(e) for e in caught] == [ClientClosed]
 
 
-# --- streams without a socket ----------------------------------------------------------------
+# Streams without a socket.
 
 
 class Nobody:
@@ -1173,7 +1173,7 @@ def test_restarts_are_counted_only_where_text_was_delivered(
     asyncio.run(main())
 
 
-# --- examples --------------------------------------------------------------------------------
+# Examples.
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("examples/*.py")), ids=lambda p: p.name)

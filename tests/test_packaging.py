@@ -41,7 +41,7 @@ def _python(code: str, site: Path | None = None) -> str:
     return done.stdout.strip()
 
 
-# --- folders ---------------------------------------------------------------------------------
+# Folders.
 
 
 @pytest.mark.parametrize("folder", WHEEL_PACKAGES)
@@ -71,7 +71,7 @@ def test_transformers_imports_without_the_one_of_pypi() -> None:
     assert _python(code).endswith("imported")
 
 
-# --- wheel -----------------------------------------------------------------------------------
+# Wheel.
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_lock_covers_direct_dependencies() -> None:
     assert not pinned & {"torchvision", "torchaudio", "torchcodec"}
 
 
-# --- set-up script ---------------------------------------------------------------------------
+# Set-up script.
 
 # Stands for Python: `-m venv` puts it into the environment, `-m pip` notes what it was asked.
 FAKE_PYTHON = """#!/bin/sh
@@ -203,7 +203,7 @@ def test_setup_repeats_a_failed_installation_in_full(checkout: Path) -> None:
     assert any("--force-reinstall" in call for call in _pip_calls(checkout))
 
 
-# --- documents -------------------------------------------------------------------------------
+# Documents.
 
 WIRE_TYPES = [
     kind

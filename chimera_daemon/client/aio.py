@@ -260,7 +260,7 @@ class Client:
         self._ready.cancel()
         self._link.close(_LINGER_MS)
 
-    # --- requests ----------------------------------------------------------------------------
+    # Requests.
 
     def _encode(
         self,
@@ -370,7 +370,7 @@ class Client:
             self._link.send(frames)
         return ask
 
-    # --- what the link says ------------------------------------------------------------------
+    # What the link says.
 
     def on_message(self, message: ToClient, frames: list[bytes]) -> None:
         """Called by the link."""

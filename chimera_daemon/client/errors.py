@@ -33,7 +33,7 @@ class ChimeraError(Exception):
         self.retry_after_s = retry_after_s
 
 
-# --- said by the daemon ----------------------------------------------------------------------
+# Said by the daemon.
 
 
 class BadRequest(ChimeraError):
@@ -119,7 +119,7 @@ class NoEngine(ChimeraError):
     retryable = True
 
 
-# --- found by the client itself --------------------------------------------------------------
+# Found by the client itself.
 
 
 class DaemonUnreachable(ChimeraError, ConnectionError):

@@ -217,7 +217,7 @@ class EchoBackend:
     def _fail(self, attempt: Run, message: str) -> None:
         self._events.emit(EngineFailed(attempt.attempt_id, "bad_request", message[:4096]))
 
-    # --- without a clock ---------------------------------------------------------------------
+    # Without a clock.
 
     def _answer_now(self, attempt: _Attempt) -> None:
         attempt.tokens = attempt.total
@@ -226,7 +226,7 @@ class EchoBackend:
             self._stream(attempt, 0)
         self._finish(attempt)
 
-    # --- with a clock ------------------------------------------------------------------------
+    # With a clock.
 
     def _enqueue(self, attempt: _Attempt) -> None:
         self._attempts[attempt.run.attempt_id] = attempt
@@ -274,7 +274,7 @@ class EchoBackend:
         self._running = [a for a in self._running if not a.done]
         self._begin_step()
 
-    # --- both --------------------------------------------------------------------------------
+    # Both.
 
     def _text(self, attempt: _Attempt, begin: int, end: int) -> str:
         first = (attempt.first + begin) % _VOCABULARY

@@ -124,7 +124,7 @@ class Host:
             return None
         return self._stopped.result()
 
-    # --- life --------------------------------------------------------------------------------
+    # Life.
 
     async def run(self, on_ready: Callable[[], None] | None = None) -> int:
         """Serve until told to stop; raises `EngineStartError` if the engine does not start.
@@ -208,7 +208,7 @@ class Host:
         self._flush()
         self._stopped.set_result(code)
 
-    # --- from the backend --------------------------------------------------------------------
+    # From the backend.
 
     def emit(self, message: AttemptEvent, payload: bytes | None = None) -> None:
         """Pass an event of a wanted attempt on to the daemon, now or once it listens again."""
@@ -233,7 +233,7 @@ class Host:
             self._send(Deregister(self.engine.name, self.incarnation))
         self._leave(EXIT_ENGINE_DIED)
 
-    # --- to the daemon -----------------------------------------------------------------------
+    # To the daemon.
 
     def _put(self, frames: tuple[bytes, ...]) -> bool:
         return self._channel is not None and self._channel.send(frames)
@@ -312,7 +312,7 @@ class Host:
             progress=progress,
         )
 
-    # --- from the daemon ---------------------------------------------------------------------
+    # From the daemon.
 
     def _on_frames(self, frames: list[bytes]) -> None:
         try:
@@ -404,7 +404,7 @@ class Host:
             self._leave(EXIT_OK)
 
 
-# --- as a process ----------------------------------------------------------------------------
+# As a process.
 
 
 def run_host(engine: EngineConfig, connect: str, *, orphan_s: float | None = None) -> int:

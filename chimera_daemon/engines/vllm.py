@@ -72,7 +72,7 @@ class VllmBackend:
         self._watcher: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
 
-    # --- start and end -----------------------------------------------------------------------
+    # Start and end.
 
     async def start(self, events: Events) -> BackendInfo:
         """Load the model, warm up and measure. Blocks the loop while vLLM loads."""
@@ -196,7 +196,7 @@ class VllmBackend:
             self._lost(attempt_id)
         self._events.died("vLLM's engine core has died; its log says why")
 
-    # --- attempts ----------------------------------------------------------------------------
+    # Attempts.
 
     def submit(self, attempt: Run, payload: bytes) -> None:
         """Start a task; whatever happens in it ends in one event."""
@@ -299,7 +299,7 @@ class VllmBackend:
     def _lost(self, attempt_id: int) -> None:
         self._fail(attempt_id, "engine_lost", "vLLM's engine core has died", retryable=True)
 
-    # --- heartbeat ---------------------------------------------------------------------------
+    # Heartbeat.
 
     def stats(self) -> EngineStats:
         """As vLLM's scheduler reported it with its last step."""
