@@ -278,7 +278,7 @@ def _is_host(pid: int) -> bool:
         return (
             pid > 1
             and os.getpgid(pid) == pid != os.getpgrp()
-            and b"chimera" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            and _is_host_command(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
         )
     except (OSError, OverflowError):
         return False
@@ -287,6 +287,12 @@ def _is_host(pid: int) -> bool:
 async def _until_gone(pid: int) -> None:
     while _alive(pid):
         await asyncio.sleep(_POLL_S)
+
+
+def _is_host_command(words: list[bytes]) -> bool:
+    """Whether this is `chimera engine`, however called; a folder of that name proves nothing."""
+    names = {os.path.basename(word) for word in words}
+    return b"engine" in names and not names.isdisjoint((b"chimera", b"chimera_daemon"))
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

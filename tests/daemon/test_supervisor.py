@@ -245,7 +245,7 @@ def test_adopts_a_host_that_is_here(tmp_path: Path) -> None:
         assert again != pid
         assert supervisor.told == [(pid, f"its process {pid} has ended")]
 
-    with elsewhere("chimera") as pid:
+    with elsewhere("chimera", "engine") as pid:
         supervised(supervisor, test)
 
 
@@ -258,7 +258,7 @@ def test_adopts_while_it_waits_to_start_another(
     async def test() -> None:
         os.kill(await supervisor.ready(), signal.SIGKILL)
         await until(lambda: supervisor.slot.state == "backoff")
-        with elsewhere("chimera") as pid:
+        with elsewhere("chimera", "engine") as pid:
             supervisor.joined("e", pid)
             await until(lambda: supervisor.slot.pid == pid)
             assert supervisor.slot.starts == 1
@@ -277,7 +277,7 @@ def test_number_of_another_machine_is_not_adopted(tmp_path: Path) -> None:
         await supervisor.stop()
         assert alive(pid)
 
-    with elsewhere("not one of ours") as pid:
+    with elsewhere("/home/chimera/not_one_of_ours", "chimera") as pid:
         supervised(supervisor, test)
     for number in (0, 1, os.getpid(), 1 << 40):
         assert not module._is_host(number)
