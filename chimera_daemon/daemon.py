@@ -246,12 +246,6 @@ class Daemon:
         self._back.close(linger_ms=500)
         self._context.term()
 
-    def stop_engine(self, engine_id: str, reason: str) -> None:
-        """Ask one engine host to end itself."""
-        link = self._engines.get(engine_id)
-        if link is not None:
-            self._to_engine(link.identity, Shutdown(reason))
-
     def engine_lost(self, engine_id: str, pid: int, reason: str) -> None:
         """This process of this engine has ended (the supervisor saw it)."""
         link = self._engines.get(engine_id)
