@@ -1,6 +1,7 @@
 """The command `chimera`: reads arguments, hands over to the part that does the work."""
 
 import argparse
+import importlib
 import logging
 import sys
 import time
@@ -32,6 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except config.ConfigError as error:
         print(f"chimera: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except ImportError as error:
+        if arguments.extra is None or _is_ours(error):
+            raise
+        print(f"chimera: {_with_advice(error, arguments.extra)}", file=sys.stderr)
+        return EXIT_USAGE
     except KeyboardInterrupt:
         return 130
 
@@ -48,15 +54,29 @@ def _parser() -> argparse.ArgumentParser:
         choices=("debug", "info", "warning", "error"),
         help="what is written to standard error (default: info)",
     )
-    parser.set_defaults(unavailable=False)
+    parser.set_defaults(unavailable=False, extra=None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_up(commands)
     _add_daemon(commands)
     _add_engine(commands)
     _add_status(commands)
+    _add_learning(commands)
     _add_demo(commands)
     _add_bench(commands)
     return parser
+
+
+def _is_ours(error: ImportError) -> bool:
+    """Whether a module of the project lacks something: a fault, which no extra heals."""
+    package = (error.name or "").partition(".")[0]
+    return package.startswith("chimera_") and not isinstance(error, ModuleNotFoundError)
+
+
+def _with_advice(error: ImportError, extra: str) -> str:
+    """The message, which may itself say what to install."""
+    if "pip install" in str(error):
+        return str(error)
+    return f"{error}; this command needs: pip install 'chimera-daemon[{extra}]'"
 
 
 # One pair of functions per command: what it takes, what it does.
@@ -89,6 +109,11 @@ def _daemon_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", help=f"one of: {', '.join(policy.NAMES)}")
     parser.add_argument("--front", help="address for clients, tcp://HOST:PORT or ipc://PATH")
     parser.add_argument("--back", help="address for engine hosts, likewise")
+    parser.add_argument("--bundle", type=Path, metavar="FOLDER",
+                        help="trained bundle to predict with; SIGHUP loads it again")  # fmt: skip
+    parser.add_argument("--record", type=Path, metavar="FOLDER",
+                        help="write a trace of each ended workflow, prompts included, "
+                        "to train on")  # fmt: skip
     parser.add_argument(
         "--keep-engines",
         action="store_true",
@@ -112,7 +137,13 @@ def _up(arguments: argparse.Namespace) -> int:
     }
     if not arguments.engines:
         given["engines"] = ()
-    chosen = msgspec.structs.replace(chosen, **given)
+    paths = {
+        name: str(path.absolute())
+        for name in ("bundle", "record")
+        if (path := getattr(arguments, name)) is not None
+    }
+    predictor = msgspec.structs.replace(chosen.predictor, **paths)
+    chosen = msgspec.structs.replace(chosen, predictor=predictor, **given)
     config.check(chosen)
     try:
         policy.make_policy(chosen)
@@ -144,6 +175,8 @@ def _add_engine(commands: Any) -> None:
                         help="cores to stay on, such as 0,1")  # fmt: skip
     parser.add_argument("--arg", action="append", default=[], metavar="KEY=VALUE",
                         help="engine argument, value as JSON")  # fmt: skip
+    parser.add_argument("--no-logprobs", action="store_true",
+                        help="do not ask for log-probabilities of the answers")  # fmt: skip
     parser.add_argument("--orphan-s", type=_seconds, metavar="SECONDS",
                         help="end after so many seconds without a daemon")  # fmt: skip
     parser.add_argument("--spec", help="all of it as one JSON object, like a table of `engines`")
@@ -177,6 +210,7 @@ def _engine_config(arguments: argparse.Namespace) -> config.EngineConfig:
             "path": arguments.path,
             "max_inflight": arguments.max_inflight,
             "cpus": arguments.cpus,
+            "logprobs": not arguments.no_logprobs,
             "args": dict(_key_value(pair) for pair in arguments.arg),
         }
     try:
@@ -252,6 +286,22 @@ def _status(arguments: argparse.Namespace) -> int:
         raise config.ConfigError(str(error)) from error
 
 
+def _add_learning(commands: Any) -> None:
+    """Commands of `chimera_predictors`: they import what they need when they run."""
+    for name, text in (
+        ("train", "train a bundle of predictors on traces"),
+        ("eval", "measure how good a bundle's predictions are, or cross-validate on traces"),
+        ("traces", "look at a trace folder, or make one from a public release"),
+    ):
+        try:
+            module = importlib.import_module(f"chimera_predictors.{name}_cli")
+        except ImportError as error:
+            _refuse(commands.add_parser(name, help=text), _with_advice(error, "train"))
+        else:
+            module.add(commands)
+            commands.choices[name].set_defaults(extra="train")
+
+
 def _add_demo(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
@@ -278,24 +328,24 @@ def _bench_command(parser: argparse.ArgumentParser, name: str) -> None:
     try:
         module = _bench_module(name)
     except config.ConfigError as error:
-        why = str(error)
-
-        def refuse(arguments: argparse.Namespace) -> int:
-            raise config.ConfigError(why)
-
-        parser.set_defaults(run=refuse, unavailable=True)
+        _refuse(parser, str(error))
         return
     module.add_arguments(parser)
     parser.set_defaults(run=module.run)
 
 
+def _refuse(parser: argparse.ArgumentParser, why: str) -> None:
+    """Make it a command that takes any options and only says why it cannot be used."""
+
+    def refuse(arguments: argparse.Namespace) -> int:
+        raise config.ConfigError(why)
+
+    parser.set_defaults(run=refuse, unavailable=True)
+
+
 def _bench_module(name: str) -> Any:
     """A part of `chimera_bench`, which an installation may lack."""
-    import importlib
-
     try:
         return importlib.import_module(f"chimera_bench.{name}")
     except ImportError as error:
-        raise config.ConfigError(
-            f"{error}; this command needs: pip install 'chimera-daemon[bench]'"
-        ) from error
+        raise config.ConfigError(_with_advice(error, "bench")) from error

@@ -51,6 +51,20 @@ class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):
     max_inflight: Positive | None = None  # None: what the engine itself can run at once
     cpus: tuple[Annotated[int, Meta(ge=0)], ...] = ()  # pin the host to these cores
     args: dict[str, Any] = {}  # passed to the engine (vLLM: AsyncEngineArgs; echo: EchoOptions)
+    logprobs: bool = True  # tell a learned predictor how sure the model was; costs some speed
+
+
+class PredictorConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """Learned predictions, and what is written down to learn from."""
+
+    bundle: str | None = None  # folder (relative to the TOML file); None: the prior alone
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Annotated[int, Meta(ge=1, le=1024)] | None = None  # of torch; None: its own choice
+    deadline_s: PositiveSeconds = 0.05  # a stage without a prediction by then takes the prior's
+    max_batch: Annotated[int, Meta(ge=1, le=4096)] = 32  # stages predicted at once
+    max_waiting: Positive = 1024  # stages that wait for a prediction; beyond that the prior's
+    # Folder for traces of ended workflows, which hold (cut) prompts; None: nothing is written.
+    record: str | None = None
 
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,6 +77,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     price: Annotated[float, Meta(ge=0.0, le=1000.0)] = 0.1
     aging_tokens_per_s: Annotated[float, Meta(gt=0.0, le=1e6)] = 10.0  # bounds starvation
     paper: PaperConfig = PaperConfig()
+    predictor: PredictorConfig = PredictorConfig()
     # Bounds: over one of them a request is rejected with a reason.
     max_queued_stages: Positive = 20_000
     max_queued_bytes: Positive = 256 << 20
@@ -94,7 +109,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def load(path: str | Path) -> Config:
-    """Read a TOML file. Relative checkpoint paths are taken from the file's folder.
+    """Read a TOML file. Relative paths of checkpoints and predictor are taken from its folder.
 
     Raises `ConfigError`, naming file, key and what to write instead.
     """
@@ -140,7 +155,12 @@ def _refuse_unknown_keys(table: dict[str, Any], struct: type[Struct], where: str
 
 
 _NESTED: dict[type[Struct], dict[str, type[Struct]]] = {
-    Config: {"paper": PaperConfig, "engines": EngineConfig, "models": ModelConfig},
+    Config: {
+        "paper": PaperConfig,
+        "predictor": PredictorConfig,
+        "engines": EngineConfig,
+        "models": ModelConfig,
+    },
 }
 
 
@@ -165,7 +185,7 @@ def check(config: Config) -> None:
 
 
 def _resolve(config: Config, folder: Path) -> Config:
-    """Make checkpoint paths absolute; one that looks like a folder must exist."""
+    """Make paths absolute; a checkpoint that looks like a folder must exist."""
     engines: list[EngineConfig] = []
     for engine in config.engines:
         path = engine.path
@@ -176,4 +196,10 @@ def _resolve(config: Config, folder: Path) -> Config:
             elif path.startswith((".", "/", "~")):
                 raise ConfigError(f"engine `{engine.name}`: no such folder: {local}")
         engines.append(msgspec.structs.replace(engine, path=path))
-    return msgspec.structs.replace(config, engines=tuple(engines))
+    predictor = config.predictor
+    for key in ("bundle", "record"):
+        path = getattr(predictor, key)
+        if path is not None:
+            local = (folder / Path(path).expanduser()).resolve()
+            predictor = msgspec.structs.replace(predictor, **{key: str(local)})
+    return msgspec.structs.replace(config, engines=tuple(engines), predictor=predictor)

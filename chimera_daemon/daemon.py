@@ -49,6 +49,7 @@ from chimera_daemon.messages import (
     Event,
     Fail,
     Failure,
+    Feedback,
     Forget,
     GetStatus,
     Heartbeat,
@@ -148,6 +149,7 @@ class EngineWatcher:
 class Daemon:
     """Serves the two sockets of its configuration on the running loop.
 
+    ``prior`` is given where the predictor uses it too, so that it learns once.
     ``await start()`` binds, ``await drain()`` finishes what is there and ``close()`` ends it. All
     methods belong to the loop's thread.
     """
@@ -157,11 +159,12 @@ class Daemon:
         config: Config,
         predictor: Predictor | None = None,
         watcher: EngineWatcher | None = None,
+        prior: PriorPredictor | None = None,
     ) -> None:
         self.daemon_id = secrets.token_hex(8)
         self._config = config
         # Stands in where the predictor fails, so it learns alongside.
-        self._prior = PriorPredictor(config)
+        self._prior = prior or PriorPredictor(config)
         self._predictor: Predictor = predictor or self._prior
         self._learners = (self._prior,) if predictor is None else (self._prior, predictor)
         self._watcher = watcher or EngineWatcher()
@@ -358,6 +361,11 @@ class Daemon:
                             self._unpredicted(request, "cancelled", "its workflow was closed")
                     self._feed(WorkflowClosed(message.workflow_id, message.success))
                     self._to_client(client, Closed(message.workflow_id))
+                case Feedback():
+                    for predictor in self._learners:
+                        predictor.observe_feedback(
+                            message.workflow_id, message.stage, message.verdict
+                        )
                 case Cancel():
                     key = (identity, message.request_id)
                     request = self._predicting.get(key)
@@ -435,19 +443,19 @@ class Daemon:
                 self._refuse(client, submit.request_id, "overloaded", message, 1.0)
                 return
             self._predicting[key] = request
-            self._predict(stage)
+            self._predict(stage, payload)
         elif first.stage.digest != stage.digest:
             message = f"request id {submit.request_id!r} was used before with another body"
             self._refuse(client, submit.request_id, "conflict", message)
 
-    def _predict(self, stage: Stage) -> None:
+    def _predict(self, stage: Stage, payload: bytes) -> None:
         """Ask the predictor; where it fails, the prior has to do, and the receipt says so."""
         try:
-            self._predictor.predict(stage, self._predicted)
+            self._predictor.predict(stage, payload, self._predicted)
         except Exception:
             self.counters["predictor_errors"] += 1
             log.exception("the predictor failed; the prior stands in")
-            self._prior.predict(stage, self._predicted_instead)
+            self._prior.predict(stage, payload, self._predicted_instead)
 
     def _predicted_instead(self, stage: Stage, prediction: Prediction) -> None:
         self._predicted(stage, msgspec.structs.replace(prediction, source="fallback"))
@@ -458,6 +466,7 @@ class Daemon:
         """Answer a request that the core has not seen yet, unless it repeats one that it has."""
         key = request.stage.key
         del self._predicting[key]
+        self._predictor.cancel(request.stage)
         if key not in self._requests:
             failure = Failure(request.request_id, code, message, retryable)
             self._to_client(request.client, failure)
@@ -616,18 +625,30 @@ class Daemon:
             size = stage.payload_bytes / usage.prompt_tokens
             self._bytes_per_token += _NEWEST * (size - self._bytes_per_token)
         result = Result(
-            action.key[1], model, action.engine_id, usage, message.finish_reason, action.receipt
+            action.key[1],
+            model,
+            action.engine_id,
+            usage,
+            message.finish_reason,
+            action.receipt,
+            message.logprob,
         )
         self._answer(action.key, (wire.encode(result), payload))
         for predictor in self._learners:
-            predictor.observe_stage(stage, model, usage.output_tokens)
+            predictor.observe_stage(stage, model, usage, message.logprob)
 
     def _dispatch(self, action: Dispatch) -> None:
         request = self._requests[action.key]
         request.streamed = False
         self._attempts[action.attempt_id] = request
         link = request.link = self._engines[action.engine_id]
-        run = Run(action.attempt_id, action.priority, request.max_tokens, request.stream)
+        run = Run(
+            action.attempt_id,
+            action.priority,
+            request.max_tokens,
+            request.stream,
+            self._predictor.wants_logprobs,
+        )
         if not self._to_engine(link.identity, run, request.payload):
             reason = "its connection takes no more messages"
             self._loop.call_soon(self._unlink, link, reason)
@@ -747,6 +768,7 @@ class Daemon:
             "answers_kept": len(self._answers),
             "connections": dict(self.counters),
             "supervised": self._watcher.snapshot(),
+            "predictor": self._predictor.snapshot(),
             "core": self._core.snapshot(),
         }
 

@@ -20,6 +20,9 @@ Tokens = Annotated[int, Meta(ge=0, le=10_000_000)]
 Count = Annotated[int, Meta(ge=0, le=1 << 53)]
 Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
+# Mean natural log-probability of the tokens of an answer, as the model that wrote it saw them.
+LogProbability = Annotated[float, Meta(ge=-1e6, le=0.0)]
+StageNumber = Annotated[int, Meta(ge=0, le=100_000)]
 
 # Quantile levels of every length prediction, lowest first; index 1 is the median.
 LEVELS = (0.1, 0.5, 0.9)
@@ -148,7 +151,7 @@ class Submit(FrontMessage, frozen=True, tag="submit"):
 
     request_id: Id
     workflow_id: Id
-    stage: Annotated[int, Meta(ge=0, le=100_000)] = 0
+    stage: StageNumber = 0
     kind: Label | None = None
     model: Id | None = None  # pinned; None lets the policy choose
     max_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 256
@@ -171,13 +174,21 @@ class CloseWorkflow(FrontMessage, frozen=True, tag="close"):
     success: Probability | None = None
 
 
+class Feedback(FrontMessage, frozen=True, tag="feedback"):
+    """Was this stage's answer right? For the predictor; never answered, legal for any stage."""
+
+    workflow_id: Id
+    stage: StageNumber
+    verdict: Probability
+
+
 class GetStatus(FrontMessage, frozen=True, tag="status"):
     """Ask for a snapshot of the daemon; answered by `StatusReply` with a JSON payload frame."""
 
     request_id: Id
 
 
-ToFront = Ping | Submit | Cancel | CloseWorkflow | GetStatus
+ToFront = Ping | Submit | Cancel | CloseWorkflow | Feedback | GetStatus
 
 
 # Wire: daemon -> client.
@@ -209,6 +220,7 @@ class Result(Struct, frozen=True, tag="result"):
     usage: Usage
     finish_reason: str
     receipt: Receipt
+    logprob: float | None = None
 
 
 class Failure(Struct, frozen=True, omit_defaults=True, tag="failure"):
@@ -279,6 +291,7 @@ class EngineFinished(BackMessage, frozen=True, tag="finished"):
     attempt_id: Count
     usage: Usage
     finish_reason: Label
+    logprob: LogProbability | None = None  # None: the engine does not say
 
 
 class EngineFailed(BackMessage, frozen=True, tag="failed"):
@@ -310,6 +323,7 @@ class Run(Struct, frozen=True, tag="run"):
     priority: int
     max_tokens: int
     stream: bool
+    logprobs: bool = False  # wanted with the answer, if they can be had
 
 
 class Abort(Struct, frozen=True, tag="abort"):

@@ -7,7 +7,7 @@ each level is drawn towards the next as long as it has seen little.
 
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from chimera_daemon.config import Config
 from chimera_daemon.messages import (
@@ -16,6 +16,7 @@ from chimera_daemon.messages import (
     ModelPrediction,
     Prediction,
     Stage,
+    Usage,
     WorkflowEnded,
 )
 
@@ -37,20 +38,34 @@ _SPREAD = (0.3, 0.8, 1.9)
 class Predictor(Protocol):
     """What the daemon asks: before a stage enters the core, and after things have happened."""
 
-    def predict(self, stage: Stage, deliver: Deliver) -> None:
+    wants_logprobs: bool  # engines are asked for them only then: they cost speed
+
+    def predict(self, stage: Stage, payload: bytes, deliver: Deliver) -> None:
         """Call ``deliver(stage, prediction)`` once, now or later, on the daemon's loop."""
+        ...
+
+    def cancel(self, stage: Stage) -> None:
+        """The prediction of this stage is not wanted any more; delivering it does no harm."""
         ...
 
     def add_model(self, model: str) -> None:
         """An engine of this model joined."""
         ...
 
-    def observe_stage(self, stage: Stage, model: str, output_tokens: int) -> None:
-        """A stage was answered."""
+    def observe_stage(self, stage: Stage, model: str, usage: Usage, logprob: float | None) -> None:
+        """A stage was answered; ``logprob`` per token, None where the engine does not say."""
+        ...
+
+    def observe_feedback(self, workflow_id: str, stage: int, verdict: float) -> None:
+        """A client said whether a stage's answer was right (0 to 1); any stage, known or not."""
         ...
 
     def observe_workflow(self, ended: WorkflowEnded) -> None:
         """A workflow has ended; ``success`` is None where the client did not say."""
+        ...
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `chimera status` shows of it, as plain values; empty: nothing."""
         ...
 
 
@@ -133,6 +148,8 @@ def _keys(model: str, kind: str, stage: int) -> tuple[_Key, ...]:
 class PriorPredictor:
     """A `Predictor` that answers at once; without hints by a look-up in a dictionary."""
 
+    wants_logprobs = False
+
     def __init__(self, config: Config) -> None:
         self._config = config
         self._models = {m.name for m in config.models} | {e.model for e in config.engines}
@@ -141,15 +158,22 @@ class PriorPredictor:
         self._observed = 0
         self._cache: dict[tuple[str, int], tuple[int, Prediction]] = {}
 
-    def predict(self, stage: Stage, deliver: Deliver) -> None:
-        """See `Predictor`."""
+    def predict(self, stage: Stage, payload: bytes, deliver: Deliver) -> None:
+        """See `Predictor`. The payload is not looked at."""
+        prediction = self.prediction(stage)
+        deliver(stage, prediction if stage.hints is None else hinted(prediction, stage.hints))
+
+    def prediction(self, stage: Stage) -> Prediction:
+        """As `predict` delivers it, before the client's hints; has every model that is known."""
         key = (stage.kind, min(stage.stage, _MAX_STAGE))
         cached = self._cache.get(key)
         # Refreshed after every new value at first, later only once 1/16 more have been seen.
         if cached is None or self._observed - cached[0] > min(self._observed // 16, 64):
             cached = self._refresh(key)
-        prediction = cached[1]
-        deliver(stage, prediction if stage.hints is None else _hinted(prediction, stage.hints))
+        return cached[1]
+
+    def cancel(self, stage: Stage) -> None:
+        """See `Predictor`. Nothing ever waits here."""
 
     def add_model(self, model: str) -> None:
         """See `Predictor`."""
@@ -157,11 +181,14 @@ class PriorPredictor:
             self._models.add(model)
             self._cache.clear()
 
-    def observe_stage(self, stage: Stage, model: str, output_tokens: int) -> None:
+    def observe_stage(self, stage: Stage, model: str, usage: Usage, logprob: float | None) -> None:
         """See `Predictor`."""
         self._observed += 1
         for cell in self._levels(model, stage.kind, stage.stage):
-            cell.stage.add(output_tokens)
+            cell.stage.add(usage.output_tokens)
+
+    def observe_feedback(self, workflow_id: str, stage: int, verdict: float) -> None:
+        """See `Predictor`. Only outcomes of whole workflows count here."""
 
     def observe_workflow(self, ended: WorkflowEnded) -> None:
         """See `Predictor`. A success counts for every model that ran a stage."""
@@ -179,6 +206,10 @@ class PriorPredictor:
             for cell in cells.values():
                 cell.success.add(ended.success)
         self._observed += 1
+
+    def snapshot(self) -> dict[str, Any]:
+        """See `Predictor`."""
+        return {}
 
     def _levels(self, model: str, kind: str, stage: int) -> list[_Cell]:
         """The cells that learn of this stage; none for a model that could not be remembered."""
@@ -227,7 +258,7 @@ class PriorPredictor:
         )
 
 
-def _hinted(prediction: Prediction, hints: Hints) -> Prediction:
+def hinted(prediction: Prediction, hints: Hints) -> Prediction:
     """Replace what the client knows better. A hinted length is taken as certain."""
     confidence = hints.confidence or {}
     models = {

@@ -18,6 +18,9 @@ def render(status: dict[str, Any]) -> str:
     parts = [head, _engines(core["engines"]), _models(core["models"])]
     if status["supervised"]:
         parts.append(_supervised(status["supervised"]))
+    predictor = status["predictor"]
+    if predictor:
+        parts.append(_predictor(predictor))
     parts.append(_counters({**core["counters"], **status["connections"]}))
     return "\n\n".join(part for part in parts if part)
 
@@ -78,6 +81,26 @@ def _supervised(rows: list[dict[str, Any]]) -> str:
         ("supervised", "state", "pid", "starts", "failures in a row"),
         [(r["engine"], r["state"], r["pid"], r["starts"], r["failures"]) for r in rows],
     )
+
+
+def _predictor(predictor: dict[str, Any]) -> str:
+    lines: list[str] = []
+    if predictor["bundle"] is not None:
+        lines.append(
+            f"bundle {predictor['bundle']}  digest {predictor['digest'][:16]}  "
+            f"loaded {predictor['loaded_at']}  waiting {predictor['waiting']}"
+            f"{'  RESTING after failures' if predictor['resting'] else ''}"
+        )
+        if predictor["models_unknown"]:
+            lines.append(f"models it does not know: {', '.join(predictor['models_unknown'])}")
+    traces = predictor["traces"]
+    if traces is not None:
+        lines.append(
+            f"traces {traces['path']}  written {traces['written']}  dropped {traces['dropped']}  "
+            f"failed {traces['failed']}  incomplete {traces['incomplete']}"
+        )
+    lines.append(_counters(predictor["counters"]))
+    return "\n".join(lines)
 
 
 def _counters(counters: dict[str, int]) -> str:

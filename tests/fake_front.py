@@ -58,6 +58,7 @@ class Received:
             usage=Usage(prompt_tokens=3, output_tokens=len(text.split())),
             finish_reason="stop",
             receipt=RECEIPT,
+            logprob=-0.5,
         )
         self.raw(encode(header), msgspec.json.encode(Completion(text)))
 

@@ -46,6 +46,7 @@ from chimera_daemon.messages import (
     Chunk,
     CloseWorkflow,
     ErrorCode,
+    Feedback,
     GetStatus,
     Ping,
     Pong,
@@ -124,6 +125,8 @@ def test_stages_are_numbered_and_answered() -> None:
         assert first.usage == Usage(3, 2)
         assert first.finish_reason == "stop"
         assert first.receipt == RECEIPT
+        assert first.logprob == -0.5
+        assert (first.stage, second.stage) == (0, 1)
         assert 0 < first.latency_s < 10
         one, two = [r for r in front.received if isinstance(r.message, Submit)]
         assert one.submit.kind == "math"
@@ -475,6 +478,47 @@ def test_timeout_cancels() -> None:
             assert client.pending == 0
             front.on_submit = echo
             assert await workflow.generate(ASK, timeout_s=10)
+
+    run(body)
+
+
+def test_feedback_names_the_stage() -> None:
+    async def body(front: FakeFront) -> None:
+        front.on_submit = echo
+        async with connect(front.address) as client, client.workflow(workflow_id="w") as workflow:
+            replies = [await workflow.generate(ASK, stage=n) for n in (0, 7)]
+            await workflow.feedback(replies[1], True)
+            await workflow.feedback(3, 0.25)
+            stream = workflow.stream(ASK)
+            await read(stream)
+            await workflow.feedback(stream.reply, False)
+            for wrong in (-0.1, 1.5, float("nan")):
+                with pytest.raises(ValueError, match="from 0 to 1"):
+                    await workflow.feedback(0, wrong)
+            for wrong in (-1, 100_001):
+                with pytest.raises(ValueError, match="numbered from 0"):
+                    await workflow.feedback(wrong, 1.0)
+        sent = [r.message for r in front.received if isinstance(r.message, Feedback)]
+        assert sent == [Feedback("w", 7, 1.0), Feedback("w", 3, 0.25), Feedback("w", 8, 0.0)]
+
+    run(body)
+
+
+@pytest.mark.parametrize("daemon_id", [None, "another"])
+def test_feedback_while_the_daemon_is_away(daemon_id: str | None) -> None:
+    """The last verdict on a stage is sent when it is back, unless it remembers nothing."""
+
+    async def body(front: FakeFront) -> None:
+        async with connect(front.address) as client, client.workflow(workflow_id="w") as workflow:
+            front.stop()
+            await until(lambda: not client.connected)
+            await workflow.feedback(0, 0.0)
+            await workflow.feedback(0, 1.0)
+            await front.restart(daemon_id)
+            await until(lambda: client.connected)
+            await front.pings(3)
+            sent = [r.message for r in front.received if isinstance(r.message, Feedback)]
+            assert sent == ([Feedback("w", 0, 1.0)] if daemon_id is None else [])
 
     run(body)
 
@@ -1129,7 +1173,7 @@ def test_no_pattern_of_lost_and_repeated_chunks_shows(
 
     async def main() -> None:
         nobody = Nobody()
-        stream = Stream(nobody, "r1", (b"", b""), restart=False)
+        stream = Stream(nobody, "r1", (b"", b""), 0, restart=False)
         pieces, got = aiter(stream), ""
         for offset, size, read_now in chunks:
             offset = min(offset, len(text))
@@ -1138,7 +1182,7 @@ def test_no_pattern_of_lost_and_repeated_chunks_shows(
             assert stream.unread >= before
             if read_now and stream.unread:
                 got += await anext(pieces)
-        stream.finish(Reply(text, "m", "e", Usage(1, 1), "stop", RECEIPT, "r1", 0.1))
+        stream.finish(Reply(text, "m", "e", Usage(1, 1), "stop", RECEIPT, "r1", 0.1, 0))
         got += "".join([piece async for piece in pieces])
         assert got == text == stream.reply.text
         assert stream.restarted == nobody.dropped == 0
@@ -1156,14 +1200,14 @@ def test_restarts_are_counted_only_where_text_was_delivered(
     """Every attempt streams its text and is lost, but the last: its text is what remains."""
 
     async def main() -> None:
-        stream = Stream(Nobody(), "r1", (b"", b""), restart=True)
+        stream = Stream(Nobody(), "r1", (b"", b""), 0, restart=True)
         pieces, seen = aiter(stream), {0: ""}
         for attempt_id, text in enumerate(attempts):
             stream.on_chunk(Chunk("r1", attempt_id, 0), text)
             if reads[attempt_id]:
                 piece = await anext(pieces)
                 seen[stream.restarted] = seen.get(stream.restarted, "") + piece
-        reply = Reply(attempts[-1] + "!", "m", "e", Usage(1, 1), "stop", RECEIPT, "r1", 0.1)
+        reply = Reply(attempts[-1] + "!", "m", "e", Usage(1, 1), "stop", RECEIPT, "r1", 0.1, 0)
         stream.finish(reply)
         async for piece in pieces:
             seen[stream.restarted] = seen.get(stream.restarted, "") + piece

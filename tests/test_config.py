@@ -5,7 +5,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from chimera_daemon.config import Config, ConfigError, EngineConfig, ModelConfig, load, parse
+from chimera_daemon.config import (
+    Config,
+    ConfigError,
+    EngineConfig,
+    ModelConfig,
+    PredictorConfig,
+    load,
+    parse,
+)
 
 ENGINE = '[[engines]]\nname = "e"\nmodel = "m"\n'
 
@@ -38,6 +46,7 @@ def test_values_are_read_into_frozen_structs() -> None:
         (ENGINE + 'max_in_flight = 3\nkind = "echo"', "engines.max_in_flight", "engines.max_in"),
         ('[[models]]\nname = "m"\nconfidense = 1', "models.confidense", "models.confidence"),
         ("[Paper]", "Paper", "paper"),
+        ("[predictor]\nbundel = 'b'", "predictor.bundel", "predictor.bundle"),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_one(
@@ -69,7 +78,15 @@ def test_an_unknown_key_is_named_with_the_nearest_one(
         ("paper = 3", "paper"),
         ("[paper]\ndelta_s = 1.5", "paper.delta_s"),
         ("[paper]\nstarvation_rounds = 0", "paper.starvation_rounds"),
+        ("predictor = 'b'", "predictor"),
+        ("[predictor]\nbundle = 3", "predictor.bundle"),
+        ("[predictor]\ndevice = 'tpu'", "predictor.device"),
+        ("[predictor]\ndeadline_s = 0", "predictor.deadline_s"),
+        ("[predictor]\nmax_batch = 0", "predictor.max_batch"),
+        ("[predictor]\nmax_waiting = 0", "predictor.max_waiting"),
+        ("[predictor]\nthreads = 0", "predictor.threads"),
         ("engines = 3", "engines"),
+        (ENGINE + 'kind = "echo"\nlogprobs = 1', "logprobs"),
         ("engines = [3]", "engines"),
         ("[engines]\nname = 'e'", "engines"),
         ('[[engines]]\nname = "e"', "engines"),
@@ -128,6 +145,13 @@ def test_relative_paths_are_taken_from_the_file_and_made_absolute(tmp_path: Path
     for path in ("checkpoints/m", "./checkpoints/m", str(tmp_path / "checkpoints" / "m")):
         config = load(write(tmp_path, f'{ENGINE}path = "{path}"'))
         assert config.engines[0].path == str((tmp_path / "checkpoints" / "m").resolve())
+
+
+def test_paths_of_the_predictor_are_taken_from_the_file_too(tmp_path: Path) -> None:
+    config = load(write(tmp_path, '[predictor]\nbundle = "b"\nrecord = "../traces"'))
+    assert config.predictor.bundle == str(tmp_path.resolve() / "b")
+    assert config.predictor.record == str(tmp_path.resolve().parent / "traces")
+    assert load(write(tmp_path, "")).predictor == PredictorConfig()
 
 
 def test_what_is_no_folder_is_left_as_an_id_of_hugging_face(tmp_path: Path) -> None:

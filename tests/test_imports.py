@@ -5,6 +5,8 @@ for everything: no cycle, no third-party library outside its place, nothing done
 """
 
 import ast
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,11 @@ PACKAGES = {
     "chimera_bench": ROOT / "bench" / "chimera_bench",
 }
 
-PURE = ["messages", "config", "policy", "core", "prior"]
+# What serving shares with training: nouns and text functions. With these alone, and no extra
+# installed, the daemon records traces.
+SHARED = {"chimera_predictors.records", "chimera_predictors.text"}
+SHARERS = ["memory", "recorder", "reading"]
+PURE = ["messages", "config", "policy", "core", "prior", "pace"]
 IMPURE = {"asyncio", "time", "random", "secrets", "socket", "threading", "subprocess", "select"}
 
 # What a module may reach within the project, directly or not. Longest prefix wins.
@@ -43,16 +49,19 @@ MAY_NOT_REACH = {
     "chimera_daemon.gateway": [
         *["core", "policy", "prior", "predict", "daemon", "supervisor", "serve", "engines", "cli"],
     ],
+    "chimera_daemon.memory": ["core", "prior", "daemon", "serve", "engines", "cli", "client"],
+    "chimera_daemon.recorder": ["core", "prior", "daemon", "serve", "engines", "cli", "client"],
+    "chimera_daemon.reading": ["core", "prior", "daemon", "serve", "engines", "cli", "client"],
     "chimera_daemon.predict": ["core", "daemon", "serve", "gateway", "engines", "cli", "client"],
     "chimera_daemon.daemon": ["supervisor", "serve", "gateway", "engines", "cli", "client"],
 }
 
 # Third-party libraries (and parts of the standard one) of `chimera_daemon` that have one place.
 ONLY_IN = {
-    "torch": ["predict", "engines.vllm"],
-    "transformers": ["predict", "engines.vllm"],
-    "tokenizers": ["predict", "engines.vllm"],
-    "numpy": ["predict", "engines.vllm"],
+    "torch": ["engines.vllm"],
+    "transformers": ["engines.vllm"],
+    "tokenizers": ["engines.vllm"],
+    "numpy": ["engines.vllm"],
     "vllm": ["engines.vllm"],
     "http": ["gateway", "engines.openai"],
     "urllib": ["gateway", "engines.openai"],
@@ -67,6 +76,23 @@ ONLY_IN = {
     "pickle": [],
     "marshal": [],
     "shelve": [],
+}
+# The same for `chimera_predictors`: each has an extra of its own, or there is a format behind it.
+PREDICTORS_ONLY_IN = {
+    "huggingface_hub": ["checkpoint"],
+    "transformers": ["checkpoint"],
+    "tokenizers": ["tokenizer"],
+    "safetensors": ["checkpoint", "bundle"],
+    "pyarrow": ["trace_files"],
+    "rich": ["report", "eval_cli", "train_cli"],
+    "matplotlib": ["plots"],
+    "sklearn": ["baselines", "baseline_features"],
+    "scipy": ["baselines", "baseline_features"],
+    "lightgbm": ["baselines"],
+    "quantile_forest": ["baselines"],
+    "pickle": [],
+    "joblib": [],
+    "sentence_transformers": [],
 }
 
 
@@ -145,8 +171,8 @@ def _reach(start: str, at_import: bool = False) -> set[str]:
     return seen
 
 
-def _under(name: str, prefixes: list[str]) -> bool:
-    full = [f"chimera_daemon.{p}" for p in prefixes]
+def _under(name: str, prefixes: list[str], package: str = "chimera_daemon") -> bool:
+    full = [f"{package}.{p}" for p in prefixes]
     return any(name == p or name.startswith(p + ".") for p in full)
 
 
@@ -202,6 +228,30 @@ def test_heavy_libraries_have_one_place(library: str) -> None:
             assert _under(module, ONLY_IN[library]), f"{module} imports {library}"
 
 
+@pytest.mark.parametrize("library", PREDICTORS_ONLY_IN)
+def test_libraries_of_the_predictors_have_one_place(library: str) -> None:
+    for module in _named("chimera_predictors"):
+        if library in _roots(MODULES[module].imports):
+            allowed = PREDICTORS_ONLY_IN[library]
+            assert _under(module, allowed, "chimera_predictors"), f"{module} imports {library}"
+
+
+def test_commands_of_the_predictors_are_light() -> None:
+    """`chimera --help` imports them all; a command imports what it needs when it runs."""
+    commands = [m for m in _named("chimera_predictors") if m.endswith("_cli")]
+    assert commands
+    for start in commands:
+        for module in {start} | _reach(start, at_import=True):
+            foreign = _roots(MODULES[module].at_import) - sys.stdlib_module_names - set(PACKAGES)
+            assert foreign <= {"msgspec"}, f"{start} needs {module}, which imports {foreign}"
+
+
+def test_kernels_know_tensors_alone() -> None:
+    for module in _named("chimera_kernels"):
+        foreign = _roots(MODULES[module].imports) - sys.stdlib_module_names - {"chimera_kernels"}
+        assert foreign <= {"torch", "triton", "numpy"}, f"{module} imports {foreign}"
+
+
 def test_nothing_imports_the_command_line() -> None:
     for module in MODULES.values():
         if not _under(module.name, ["cli", "__main__"]):
@@ -224,8 +274,40 @@ def test_component_packages_point_one_way() -> None:
         if not _under(module, ["cli"]):
             assert "chimera_bench" not in roots, f"{module} imports chimera_bench"
         if not _under(module, ["predict"]):
-            wrong = roots & {"chimera_predictors", "chimera_kernels"}
+            ours = _ours(MODULES[module].imports)
+            below = {m for m in ours if not m.startswith("chimera_daemon.")}
+            wrong = below - (SHARED if _under(module, SHARERS) else set())
             assert not wrong, f"{module} imports {wrong}"
+
+
+@pytest.mark.parametrize("name", sorted(SHARED))
+def test_what_serving_shares_with_training_is_light(name: str) -> None:
+    for module in {name} | _reach(name, at_import=True):
+        foreign = _roots(MODULES[module].at_import) - sys.stdlib_module_names - set(PACKAGES)
+        assert foreign <= {"msgspec"}, f"{module} imports {foreign}"
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("chimera_daemon.serve", {"numpy", "tokenizers", "chimera_predictors"}),
+        ("chimera_daemon.predict", {"numpy", "tokenizers", "torch", "transformers", "vllm"}),
+    ],
+)
+def test_torch_comes_with_a_bundle_and_all_of_it_when_asked_for(
+    module: str, heavy: set[str]
+) -> None:
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "predictors"), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"
 
 
 def test_no_cycles() -> None:

@@ -9,12 +9,13 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ class Cluster:
             front=f"ipc://{self._sockets}/front",
             back=f"ipc://{self._sockets}/back",
             log_dir=str(log_dir.resolve()),
+            # Who is to have it is told so at the start of its daemon.
+            predictor=msgspec.structs.replace(config.predictor, bundle=None),
         )
         self._log_dir = log_dir
         log_dir.mkdir(parents=True, exist_ok=True)
@@ -62,17 +65,24 @@ class Cluster:
 
     @asynccontextmanager
     async def daemon(
-        self, policy: str, on_state: OnState = lambda status: None
+        self,
+        policy: str,
+        on_state: OnState = lambda status: None,
+        *,
+        options: Sequence[str] = (),
+        log_name: str | None = None,
     ) -> AsyncGenerator[Client, None]:
         """Run a daemon with this policy until the block ends; its engines are ready inside.
 
-        Raises `ClusterError`. ``on_state`` sees every snapshot while the engines start.
+        Raises `ClusterError`. ``on_state`` sees every snapshot while the engines start;
+        ``options`` go to `chimera up` as they are.
         """
-        self._daemon_log = self._log_dir / f"daemon-{policy.replace(':', '-')}.log"
+        name = re.sub(r"[^\w.]+", "-", log_name or policy).strip("-")
+        self._daemon_log = self._log_dir / f"daemon-{name}.log"
         with self._daemon_log.open("ab") as log:
             self._daemon = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "chimera_daemon", "up", str(self._toml)),
-                *("--policy", policy, "--keep-engines"),
+                *("--policy", policy, "--keep-engines", *options),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -13,6 +13,7 @@ from chimera_daemon import policy
 
 if TYPE_CHECKING:
     from chimera_bench.experiment import Plan
+    from chimera_bench.variants import Variant
 
 _EXIT_FAILED = 1
 _EXIT_TERMINATED = 143
@@ -30,8 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policies",
         metavar="A,B,...",
-        help=f"of: {', '.join(policy.NAMES)} (default: chimera, paper, least_loaded and static for "
-        "the first and the last model; with --chaos: chimera)",
+        help=f"of: {', '.join(policy.NAMES)}; chimera:prior and paper:prior without the learned "
+        "predictions (default: chimera, chimera:prior, paper, least_loaded and static for the "
+        "first and the last model; with --chaos: chimera)",
     )
     parser.add_argument(
         "--workflows",
@@ -133,7 +135,7 @@ def plan(arguments: argparse.Namespace) -> "Plan":
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     return Plan(
         config=config,
-        policies=_policies(arguments.policies, arguments.chaos, config),
+        variants=_variants(arguments.policies, arguments.chaos, config),
         out=arguments.out or Path("runs") / f"demo-{now}",
         load=arguments.load,
         rate_per_s=arguments.rate,
@@ -210,25 +212,35 @@ def _cores(config: configuration.Config) -> tuple[int, ...]:
     return machine.cores() if alone and not machine.gpus() else ()
 
 
-def _policies(names: str | None, chaos: bool, config: configuration.Config) -> tuple[str, ...]:
+def _variants(
+    names: str | None, chaos: bool, config: configuration.Config
+) -> "tuple[Variant, ...]":
+    from chimera_bench.variants import variant
+
     models = list(dict.fromkeys(engine.model for engine in config.engines))
     if names is not None:
         chosen = [name.strip() for name in names.split(",") if name.strip()]
     elif chaos:
         chosen = ["chimera"]
     else:
-        chosen = ["chimera", "paper", "least_loaded", f"static:{models[0]}"]
-        chosen += [f"static:{models[-1]}"]
-    for name in chosen:
-        try:
-            policy.make_policy(msgspec.structs.replace(config, policy=name))
-        except ValueError as error:
-            raise configuration.ConfigError(f"--policies: {error}") from error
-        kind, colon, model = name.partition(":")
-        if colon and kind == "static" and model not in models:
-            raise configuration.ConfigError(
-                f"--policies: no engine serves `{model}`; there are: {', '.join(models)}"
-            )
+        learned = config.predictor.bundle is not None
+        chosen = ["chimera", *(["chimera:prior"] if learned else []), "paper", "least_loaded"]
+        chosen += [f"static:{models[0]}", f"static:{models[-1]}"]
     if not chosen:
         raise configuration.ConfigError("--policies: name at least one")
-    return tuple(dict.fromkeys(chosen))
+    variants = [variant(name, config) for name in dict.fromkeys(chosen)]
+    for each in variants:
+        _check_policy(each.policy, models, config)
+    return tuple(variants)
+
+
+def _check_policy(name: str, models: list[str], config: configuration.Config) -> None:
+    try:
+        policy.make_policy(msgspec.structs.replace(config, policy=name))
+    except ValueError as error:
+        raise configuration.ConfigError(f"--policies: {error}") from error
+    kind, colon, model = name.partition(":")
+    if colon and kind == "static" and model not in models:
+        raise configuration.ConfigError(
+            f"--policies: no engine serves `{model}`; there are: {', '.join(models)}"
+        )

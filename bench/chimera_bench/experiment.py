@@ -15,9 +15,10 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from chimera_bench import chaos, machine, plot, report, summary, workload
+from chimera_bench import chaos, machine, plot, quality, report, summary, workload
 from chimera_bench.cluster import Cluster
 from chimera_bench.progress import Progress
+from chimera_bench.variants import Variant
 from chimera_bench.workload import Record
 from chimera_daemon.client import Client
 from chimera_daemon.config import Config, EngineConfig
@@ -29,7 +30,7 @@ _WARM_UP_SHARE = 0.3  # of the calibration is not counted: queues are filling
 _MIN_WORKFLOWS, _MAX_WORKFLOWS = 20, 5000
 _BUSY_LOAD = 0.7  # load average over the last minute that a quiet machine does not have
 _STRIKE_AT = 0.4  # share of workflows ended when `--chaos` strikes
-# Policies that are compared against all others; the second also as a baseline of the first.
+# Rows that are compared against all others; the second also as a baseline of the first.
 _OURS = ("chimera", "paper")
 
 
@@ -41,7 +42,7 @@ class Plan(Struct, frozen=True):
     """What to run. ``rate_per_s`` None: ``load`` times the capacity that is calibrated."""
 
     config: Config
-    policies: tuple[str, ...]
+    variants: tuple[Variant, ...]
     out: Path
     load: float
     rate_per_s: float | None
@@ -104,14 +105,14 @@ async def _conduct(plan: Plan, cluster: Cluster, progress: Progress) -> tuple[bo
     rate = plan.rate_per_s or plan.load * _capacity(calibration)
     number = plan.workflows or round(rate * plan.arrivals_s)
     number = min(_MAX_WORKFLOWS, max(_MIN_WORKFLOWS, number)) if not plan.workflows else number
-    outcomes: dict[str, list[Outcome]] = {policy: [] for policy in plan.policies}
+    outcomes: dict[str, list[Outcome]] = {variant.name: [] for variant in plan.variants}
     for turn, seed in enumerate(plan.seeds):
         jobs = workload.jobs(number, rate, seed)
         # There and back: what the machine changes slowly then hits all policies alike.
-        for policy in plan.policies if turn % 2 == 0 else reversed(plan.policies):
-            outcome = await _run(plan, cluster, progress, policy, seed, jobs)
-            outcomes[policy].append(outcome)
-            _write_workflows(plan, policy, seed, rate, facts, outcome)
+        for variant in plan.variants if turn % 2 == 0 else reversed(plan.variants):
+            outcome = await _run(plan, cluster, progress, variant, seed, jobs)
+            outcomes[variant.name].append(outcome)
+            _write_workflows(plan, variant.name, seed, rate, facts, outcome)
     load = {
         "rate_per_s": rate,
         "load": None if plan.rate_per_s else plan.load,
@@ -194,11 +195,12 @@ async def _run(
     plan: Plan,
     cluster: Cluster,
     progress: Progress,
-    policy: str,
+    variant: Variant,
     seed: int,
     jobs: Sequence[workload.Job],
 ) -> Outcome:
-    progress.phase(policy if len(plan.seeds) == 1 else f"{policy}, seed {seed}", len(jobs))
+    name = variant.name
+    progress.phase(name if len(plan.seeds) == 1 else f"{name}, seed {seed}", len(jobs))
     ended: list[Record] = []
     due = asyncio.Event()
 
@@ -211,7 +213,8 @@ async def _run(
         if len(ended) >= _STRIKE_AT * len(jobs):
             due.set()
 
-    async with cluster.daemon(policy) as client:
+    options = [*variant.options, *_recording(plan, variant)]
+    async with cluster.daemon(variant.policy, options=options, log_name=name) as client:
         strike = asyncio.create_task(chaos.strike(client, cluster, due)) if plan.chaos else None
         try:
             records = await workload.run_open(client, jobs, on_end=on_end)
@@ -230,6 +233,17 @@ async def _run(
     waited = [r.latency_s for r in records if r.latency_s is not None]
     progress.end(f"mean {sum(waited) / max(1, len(waited)):.2f} s" if waited else "no answers")
     return outcome
+
+
+def _recording(plan: Plan, variant: Variant) -> tuple[str, ...]:
+    """Only what was learned is examined afterwards; see `quality`."""
+    if variant.bundle is None:
+        return ()
+    return ("--record", str(_traces(plan, variant.name).absolute()))
+
+
+def _traces(plan: Plan, name: str) -> Path:
+    return plan.out / "traces" / name
 
 
 def _write_workflows(
@@ -262,6 +276,11 @@ def _report(
     ours = [policy for policy in _OURS if policy in runs]
     pairs = [(p, b) for p in ours for b in runs if b != p and (p, b) != ("paper", "chimera")]
     comparisons = summary.compare(runs, pairs)
+    qualities = [
+        quality.judge(v.name, v.bundle, runs, _traces(plan, v.name))
+        for v in plan.variants
+        if v.bundle is not None
+    ]
     rows: list[dict[str, Any]] = []
     for s in summaries:
         seen = [msgspec.to_builtins(o.seen) for o in outcomes[s.policy]]
@@ -269,8 +288,9 @@ def _report(
         row = {"row": "policy", **facts, "seeds": plan.seeds, **msgspec.to_builtins(s)}
         rows.append({**row, "stages": seen, "strikes": strikes})
     rows += [{"row": "comparison", **facts, **msgspec.to_builtins(c)} for c in comparisons]
+    rows += [{"row": "predictions", **facts, **msgspec.to_builtins(q)} for q in qualities]
     machine.append_rows(plan.out / "summary.jsonl", rows)
-    text = _text(plan, outcomes, facts, calibration, summaries, comparisons)
+    text = _text(plan, outcomes, facts, calibration, summaries, comparisons, qualities)
     (plan.out / "report.txt").write_text(text + "\n", encoding="utf-8")
     title = f"{facts['machine']}; {facts['rate_per_s']:.1f} workflows/s, " + ", ".join(
         f"{e.model}" for e in plan.config.engines
@@ -290,8 +310,11 @@ def _text(
     calibration: Calibration,
     summaries: Sequence[summary.PolicySummary],
     comparisons: Sequence[summary.Comparison],
+    qualities: Sequence[quality.Quality],
 ) -> str:
     parts = [_setting(plan, facts, calibration, summaries), report.policies_table(summaries)]
+    if qualities:
+        parts.append("\n".join(report.predictions(q) for q in qualities))
     if len(plan.seeds) > 1:
         parts.append(report.by_seed(summaries))
     if comparisons:

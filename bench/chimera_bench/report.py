@@ -6,6 +6,7 @@ Pure functions from summaries to strings; files and plots are made elsewhere.
 import math
 from collections.abc import Sequence
 
+from chimera_bench.quality import Quality
 from chimera_bench.summary import Comparison, Interval, PolicySummary
 
 Row = Sequence[str]
@@ -44,6 +45,16 @@ def by_seed(summaries: Sequence[PolicySummary]) -> str:
         f"{s.policy} {', '.join(_number(x, 2) for x in s.latency_by_seed_s)}" for s in summaries
     )
     return "mean s by seed: " + "; ".join(means)
+
+
+def predictions(quality: Quality) -> str:
+    """One line: how good a row's learned predictions were in this run."""
+    routers = ", ".join(f"{m} {_show(auc, 2)}" for m, auc in quality.router_auc.items())
+    return (
+        f"predictions of {quality.policy}: router AUC {routers or '- (no static rows)'}; remaining "
+        f"tokens: Kendall distance {_show(quality.remaining_kendall, 3)}, 80 % interval covers "
+        f"{_show(quality.coverage, 0, 100.0)} %; {100 * quality.in_time:.1f} % of stages in time"
+    )
 
 
 def comparisons_table(comparisons: Sequence[Comparison]) -> str:

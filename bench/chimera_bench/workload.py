@@ -11,7 +11,7 @@ from itertools import count
 
 from msgspec import Struct
 
-from chimera_bench.testbed import tasks, workflows
+from chimera_bench.testbed import feedback, tasks, workflows
 from chimera_bench.testbed.tasks import Split, Task
 from chimera_daemon.client import ChimeraError, Client
 from chimera_daemon.client import Workflow as ClientWorkflow
@@ -33,6 +33,7 @@ class Job(Struct, frozen=True):
     shape: str
     arrive_s: float
     gaps_s: tuple[float, ...]  # after each stage but the last
+    models: tuple[str, ...] = ()  # of each stage; empty: the policy chooses
 
     @property
     def kind(self) -> str:
@@ -53,6 +54,8 @@ class StageRecord(Struct, frozen=True):
     end_s: float  # from the start of the run
     attempts: int
     reason: str
+    source: str = "prior"  # of the prediction
+    confidence: dict[str, float] = {}  # predicted per candidate, where the policy looked at it
 
 
 class Record(Struct):
@@ -223,9 +226,15 @@ async def _stages(workflow: ClientWorkflow, job: Job, record: Record, start_s: f
         messages = workflows.messages_for(number, job.task, shape, outputs)
         record.submitted += 1
         reply = await workflow.generate(
-            messages, max_tokens=max_tokens, temperature=0.0, timeout_s=STAGE_TIMEOUT_S
+            messages,
+            max_tokens=max_tokens,
+            temperature=0.0,
+            model=job.models[number] if job.models else None,
+            timeout_s=STAGE_TIMEOUT_S,
         )
         outputs.append(reply.text)
+        for stage, verdict in feedback.verdicts(job.task.kind, shape, outputs):
+            await workflow.feedback(stage, verdict)
         receipt = reply.receipt
         record.stages.append(
             StageRecord(
@@ -239,6 +248,8 @@ async def _stages(workflow: ClientWorkflow, job: Job, record: Record, start_s: f
                 end_s=loop.time() - start_s,
                 attempts=receipt.attempts,
                 reason=receipt.reason,
+                source=receipt.source,
+                confidence={c.model: round(c.confidence, 4) for c in receipt.candidates},
             )
         )
     return workflows.final_answer(outputs)

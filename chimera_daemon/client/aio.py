@@ -44,6 +44,7 @@ from chimera_daemon.messages import (
     Completion,
     Delta,
     Failure,
+    Feedback,
     GetStatus,
     Hints,
     Pong,
@@ -117,6 +118,7 @@ class Client:
         self._pending: dict[str, Pending] = {}
         self._asks: dict[tuple[str, str], _Ask] = {}
         self._cancels: dict[str, None] = {}  # given up while the link was down
+        self._verdicts: dict[tuple[str, int], Feedback] = {}  # likewise not sent yet
         self._requests = 0
         self._workflows = 0
         self._unreadable = 0
@@ -189,7 +191,7 @@ class Client:
         request_id, frames = self._encode(
             payload, workflow_id, stage, kind, model, max_tokens, prompt_tokens, hints, restart
         )
-        call = Call(self, request_id, frames)
+        call = Call(self, request_id, frames, stage)
         self._launch(call, timeout_s)
         return call
 
@@ -220,7 +222,7 @@ class Client:
             restart,
             stream=True,
         )
-        stream = Stream(self, request_id, frames, restart)
+        stream = Stream(self, request_id, frames, stage, restart)
         self._launch(stream, timeout_s)
         return stream
 
@@ -246,6 +248,16 @@ class Client:
         if not self._closed:
             frames = (encode(CloseWorkflow(workflow_id=workflow_id, success=success)),)
             self._post(("closed", workflow_id), frames, ASK_TIMEOUT_S)
+
+    def feedback(self, workflow_id: str, stage: int, verdict: float) -> None:
+        """Say whether a stage's answer was right, as `Workflow.feedback`, without any waiting."""
+        if self._closed:
+            return
+        feedback = Feedback(workflow_id, stage, verdict)
+        if self._link.up:
+            self._link.send((encode(feedback),))
+        elif len(self._verdicts) < self._max_pending:
+            self._verdicts[workflow_id, stage] = feedback
 
     async def close(self) -> None:
         """Cancel what is pending (it fails with `ClientClosed`) and disconnect. Idempotent."""
@@ -409,6 +421,8 @@ class Client:
                 result.receipt,
                 result.request_id,
                 perf_counter() - request.started,
+                request.stage,
+                result.logprob,
             )
         )
 
@@ -470,7 +484,10 @@ class Client:
         if not new_daemon:
             for request_id in self._cancels:
                 self._link.send((encode(Cancel(request_id=request_id)),))
+            for feedback in self._verdicts.values():
+                self._link.send((encode(feedback),))
         self._cancels.clear()
+        self._verdicts.clear()
         for request in list(self._pending.values()):
             if (not new_daemon or request.on_new_daemon()) and self._link.up:
                 self._link.send(request.frames)
@@ -666,6 +683,20 @@ class Workflow:
             restart=restart,
             timeout_s=timeout_s,
         )
+
+    async def feedback(self, answer: Reply | int, verdict: float | bool) -> None:
+        """Tell the predictor whether an answer was right, as soon as you know.
+
+        ``answer`` is the `Reply` or the stage's number, ``verdict`` a bool or a degree in [0, 1].
+        It helps to choose the model of the stages that follow. Sent without waiting for anything;
+        one for a workflow that the daemon does not know any more is ignored there.
+        """
+        if not 0.0 <= verdict <= 1.0:
+            raise ValueError("a verdict is a bool or a number from 0 to 1")
+        stage = answer.stage if isinstance(answer, Reply) else answer
+        if not 0 <= stage <= 100_000:
+            raise ValueError("a stage is numbered from 0 to 100,000")
+        self._client.feedback(self.id, stage, float(verdict))
 
     async def close(
         self, success: float | bool | None = None, timeout_s: float = ASK_TIMEOUT_S

@@ -38,7 +38,8 @@ class Reply(Struct, frozen=True, gc=False):
     """The answer of one stage.
 
     ``text`` is the whole answer, also after streaming; ``latency_s`` runs from submission to answer
-    as this client saw it; ``receipt`` says why the stage went where it went.
+    as this client saw it; ``receipt`` says why the stage went where it went; ``logprob`` is the
+    mean natural log-probability per output token, None where nothing that learns asks for it.
     """
 
     text: str
@@ -49,16 +50,21 @@ class Reply(Struct, frozen=True, gc=False):
     receipt: Receipt
     request_id: str
     latency_s: float
+    stage: int
+    logprob: float | None = None
 
 
 class Pending:
     """A request without an answer: its frames for sending again, and its timer if it has one."""
 
-    __slots__ = ("_owner", "frames", "request_id", "started", "timer")
+    __slots__ = ("_owner", "frames", "request_id", "stage", "started", "timer")
 
-    def __init__(self, owner: Owner, request_id: str, frames: tuple[bytes, bytes]) -> None:
+    def __init__(
+        self, owner: Owner, request_id: str, frames: tuple[bytes, bytes], stage: int
+    ) -> None:
         self._owner = owner
         self.request_id = request_id
+        self.stage = stage
         self.frames = frames
         self.timer: asyncio.TimerHandle | None = None
         self.started = perf_counter()
@@ -92,8 +98,10 @@ class Call(Pending):
 
     __slots__ = ("_future",)
 
-    def __init__(self, owner: Owner, request_id: str, frames: tuple[bytes, bytes]) -> None:
-        super().__init__(owner, request_id, frames)
+    def __init__(
+        self, owner: Owner, request_id: str, frames: tuple[bytes, bytes], stage: int
+    ) -> None:
+        super().__init__(owner, request_id, frames, stage)
         self._future: asyncio.Future[Reply] = owner.loop.create_future()
 
     def __await__(self) -> Generator[Any, None, Reply]:
@@ -149,9 +157,9 @@ class Stream(Pending):
     )
 
     def __init__(
-        self, owner: Owner, request_id: str, frames: tuple[bytes, bytes], restart: bool
+        self, owner: Owner, request_id: str, frames: tuple[bytes, bytes], stage: int, restart: bool
     ) -> None:
-        super().__init__(owner, request_id, frames)
+        super().__init__(owner, request_id, frames, stage)
         self.restarted = 0
         self._restart = restart
         self._begun = 0  # what `restarted` becomes with the next piece

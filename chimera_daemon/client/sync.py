@@ -205,6 +205,10 @@ class SyncWorkflow:
 
         return SyncStream(self._background, self._background.run(start()))
 
+    def feedback(self, answer: Reply | int, verdict: float | bool) -> None:
+        """As `Workflow.feedback`."""
+        self._background.run(self._workflow.feedback(answer, verdict))
+
     def close(self, success: float | bool | None = None, timeout_s: float = ASK_TIMEOUT_S) -> None:
         """As `Workflow.close`."""
         self._background.run(self._workflow.close(success, timeout_s))

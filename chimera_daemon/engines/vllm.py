@@ -7,6 +7,7 @@ that is not public in it (`progress`) is only read.
 import asyncio
 import copy
 import logging
+import math
 import os
 import random
 import time
@@ -238,6 +239,7 @@ class VllmBackend:
         text = ""
         output_tokens = 0
         finish_reason = "stop"
+        logprob: float | None = None  # of all tokens so far, added up
         async for output in self._llm.generate(
             {"prompt_token_ids": tokens},
             sampling,
@@ -248,11 +250,13 @@ class VllmBackend:
             text += part.text
             output_tokens += len(part.token_ids)
             finish_reason = part.finish_reason or finish_reason
+            logprob = part.cumulative_logprob
             if attempt.stream and part.text:
                 self._events.emit(EngineChunk(attempt_id, offset), encode_delta(part.text))
                 offset += len(part.text)
         usage = Usage(len(tokens), output_tokens)
-        finished = EngineFinished(attempt_id, usage, finish_reason)
+        mean = _mean_logprob(logprob, output_tokens)
+        finished = EngineFinished(attempt_id, usage, finish_reason, mean)
         self._events.emit(finished, encode_completion(text))
 
     async def _prompt(self, body: ChatBody, payload_bytes: int) -> list[int]:
@@ -289,6 +293,9 @@ class VllmBackend:
             **settings,
             stop=body.stops,
             ignore_eos=body.ignore_eos,
+            # 0: the sampled token's own; flat: no object per token is made of them.
+            logprobs=0 if attempt.logprobs and self._engine.logprobs else None,
+            flat_logprobs=True,
             max_tokens=min(attempt.max_tokens, room),
             output_kind=kinds.DELTA if attempt.stream else kinds.FINAL_ONLY,
         )
@@ -383,6 +390,13 @@ class _Vllm:
         self.client_error: type[Exception] = VLLMClientError
         self.dead_error: type[Exception] = EngineDeadError
         self.on_cpu: bool = current_platform.is_cpu()
+
+
+def _mean_logprob(total: float | None, tokens: int) -> float | None:
+    """Per token, as messages carry it: None where it is unknown or not finite."""
+    if total is None or tokens < 1 or not math.isfinite(total):
+        return None
+    return min(0.0, max(total / tokens, -1e6))
 
 
 def _cpu_arguments(configured: dict[str, Any]) -> dict[str, Any]:

@@ -197,6 +197,7 @@ def test_an_engine_that_cannot_start_is_told(
     [
         (("--policies", "chimaera"), "there are: chimera"),
         (("--policies", "static:medium"), "there are: small, large"),
+        (("--policies", "chimera:prior"), "no bundle is configured"),
         (("--engines", "s,x"), "there are: s, l"),
         (("--load", "0"), "--load must be positive"),
         (("--workflows", "-3"), "--workflows must be positive"),
@@ -209,12 +210,27 @@ def test_bad_options_are_named(echo_toml: Path, given: tuple[str, ...], named: s
 
 def test_default_policies_follow_the_engines(echo_toml: Path) -> None:
     everything = demo.plan(arguments("--config", str(echo_toml)))
-    assert everything.policies == (
+    assert names(everything) == [
         "chimera", "paper", "least_loaded", "static:small", "static:large",
-    )  # fmt: skip
+    ]  # fmt: skip
     one = demo.plan(arguments("--config", str(echo_toml), "--engines", "l"))
-    assert one.policies == ("chimera", "paper", "least_loaded", "static:large")
-    assert demo.plan(arguments("--config", str(echo_toml), "--chaos")).policies == ("chimera",)
+    assert names(one) == ["chimera", "paper", "least_loaded", "static:large"]
+    assert names(demo.plan(arguments("--config", str(echo_toml), "--chaos"))) == ["chimera"]
+
+
+def names(plan: Any) -> list[str]:
+    return [variant.name for variant in plan.variants]
+
+
+def test_a_bundle_is_for_those_who_look_at_predictions(tmp_path: Path) -> None:
+    toml = tmp_path / "learned.toml"
+    toml.write_text(f'{ECHO}\n[predictor]\nbundle = "b"\n')
+    plan = demo.plan(arguments("--config", str(toml)))
+    assert names(plan)[:4] == ["chimera", "chimera (prior)", "paper", "least_loaded"]
+    assert [v.bundle is not None for v in plan.variants] == [True, False, True, False, False, False]
+    assert {v.bundle for v in plan.variants} == {str(tmp_path / "b"), None}
+    with pytest.raises(ConfigError, match="no different"):
+        demo.plan(arguments("--config", str(toml), "--policies", "least_loaded:prior"))
 
 
 def test_engines_are_made_comparable() -> None:

@@ -27,7 +27,7 @@ def test_real_engines_answer_real_workflows(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     demo.add_arguments(parser)
     options = ["--out", str(out), "--engines", ",".join(ENGINES), "--workflows", "12"]
-    options += ["--seeds", "1", "--rate", "6", "--policies", "least_loaded,static:testbed-l"]
+    options += ["--seeds", "1", "--rate", "6", "--policies", "chimera,static:testbed-l"]
     assert demo.run(parser.parse_args(options)) == 0
 
     rows = [json.loads(line) for line in (out / "workflows.jsonl").read_text().splitlines()]
@@ -42,4 +42,11 @@ def test_real_engines_answer_real_workflows(tmp_path: Path) -> None:
             assert stage["prompt_tokens"] > 0
             assert 0 < stage["output_tokens"] <= most
     assert {s["model"] for row in rows[12:] for s in row["stages"]} == {"testbed-l"}
+    # The committed bundle is what predicts, for both models, and mostly in time.
+    learned = [s for row in rows[:12] for s in row["stages"] if s["source"] == "learned"]
+    assert len(learned) >= 6
+    assert all(set(s["confidence"]) == {"testbed-s", "testbed-l"} for s in learned)
+    summary = [json.loads(line) for line in (out / "summary.jsonl").read_text().splitlines()]
+    (predictions,) = (row for row in summary if row["row"] == "predictions")
+    assert predictions["stages"] == sum(len(row["stages"]) for row in rows[:12])
     assert any(row["success"] for row in rows), "not one answer was right"

@@ -28,7 +28,10 @@ class FakeWorkflow:
         self.stage += 1
         text = self.owner.answer(messages)
         receipt = Receipt("p", "prior", "m", "score", (), queue_s=0.1, service_s=0.2, attempts=1)
-        return Reply(text, "m", "e", Usage(5, 7), "stop", receipt, "r1", 0.3)
+        return Reply(text, "m", "e", Usage(5, 7), "stop", receipt, "r1", 0.3, self.stage - 1)
+
+    async def feedback(self, stage: int, verdict: bool) -> None:
+        self.owner.judged.append((stage, verdict))
 
     async def close(self, success: float | bool | None = None) -> None:
         self.owner.closed.append(success)
@@ -41,6 +44,7 @@ class FakeClient:
         self.answer = answer
         self.seen: list[tuple[str, int, list[dict[str, str]], dict[str, Any]]] = []
         self.closed: list[float | bool | None] = []
+        self.judged: list[tuple[int, bool]] = []
 
     def workflow(self, kind: str) -> FakeWorkflow:
         return FakeWorkflow(self, kind)
@@ -95,7 +99,8 @@ def test_the_truth_never_leaves() -> None:
     run(client, todo)
     prompts = {job.task.prompt for job in todo}
     for _, _, messages, options in client.seen:
-        assert set(options) == {"max_tokens", "temperature", "timeout_s"}
+        assert set(options) == {"max_tokens", "temperature", "timeout_s", "model"}
+        assert options["model"] is None  # that is the policy's choice
         said = messages[0]["content"]
         assert any(said.endswith(prompt) for prompt in prompts)
 

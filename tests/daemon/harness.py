@@ -13,7 +13,7 @@ import zmq
 
 from chimera_daemon.channel import Channel, make_socket
 from chimera_daemon.client import Client, Reply, connect
-from chimera_daemon.config import Config, EngineConfig
+from chimera_daemon.config import Config, EngineConfig, PredictorConfig
 from chimera_daemon.daemon import Daemon, EngineWatcher
 from chimera_daemon.engines.host import Host
 from chimera_daemon.messages import (
@@ -33,7 +33,7 @@ from chimera_daemon.messages import (
     ToClient,
     ToEngine,
 )
-from chimera_daemon.prior import Predictor
+from chimera_daemon.prior import Predictor, PriorPredictor
 from chimera_daemon.wire import decode_client, decode_engine, encode
 
 T = TypeVar("T")
@@ -75,6 +75,8 @@ class World:
         *,
         predictor: Predictor | None = None,
         watcher: EngineWatcher | None = None,
+        make_predictor: Callable[[Config, PriorPredictor], Predictor] | None = None,
+        limits: PredictorConfig | None = None,
         **settings: Any,
     ) -> None:
         settings = {
@@ -82,8 +84,16 @@ class World:
             "engine_timeout_s": 5.0,
             "client_timeout_s": 30.0,
         } | settings
-        self.config = Config(front=f"ipc://{folder}/f", back=f"ipc://{folder}/b", **settings)
-        self.daemon = Daemon(self.config, predictor, watcher)
+        self.config = Config(
+            front=f"ipc://{folder}/f",
+            back=f"ipc://{folder}/b",
+            predictor=limits or PredictorConfig(),
+            **settings,
+        )
+        prior = PriorPredictor(self.config)
+        if make_predictor is not None:
+            predictor = make_predictor(self.config, prior)
+        self.daemon = Daemon(self.config, predictor, watcher, prior)
         self.core = self.daemon._core
         self.hosts: dict[str, tuple[Host, asyncio.Task[int]]] = {}
         self._raws: list[Raw[Any]] = []

@@ -108,7 +108,7 @@ def test_too_many_engines(tmp_path: Path) -> None:
 class Never(PriorPredictor):
     """Does not answer."""
 
-    def predict(self, stage: Stage, deliver: Deliver) -> None:
+    def predict(self, stage: Stage, payload: bytes, deliver: Deliver) -> None:
         pass
 
 

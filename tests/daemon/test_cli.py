@@ -16,7 +16,9 @@ from chimera_daemon.cli import main
 from tests.daemon.harness import World, run
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["up", "daemon", "engine", "status", "demo", "bench"]
+PATH = os.pathsep.join(str(ROOT / folder) for folder in ("", "kernels", "predictors", "bench"))
+LEARNING = ["train", "eval", "traces"]
+COMMANDS = ["up", "daemon", "engine", "status", *LEARNING, "demo", "bench"]
 
 
 def chimera(*arguments: str, prelude: str = "") -> subprocess.CompletedProcess[str]:
@@ -25,7 +27,7 @@ def chimera(*arguments: str, prelude: str = "") -> subprocess.CompletedProcess[s
     return subprocess.run(
         [sys.executable, "-c", program, *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}"},
+        env=os.environ | {"PYTHONPATH": PATH},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -71,10 +73,10 @@ def test_engine_options() -> None:
     full = engine(
         *("--model", "m", "--name", "e", "--path", "org/m", "--max-inflight", "3"),
         *("--cpus", "0,2", "--arg", "a=1", "--arg", "b=[1,2]", "--arg", "c=true"),
-        *("--arg", "dtype=bfloat16", "--arg", 'quoted="x=y"', "--arg", "empty="),
+        *("--arg", "dtype=bfloat16", "--arg", 'quoted="x=y"', "--arg", "empty=", "--no-logprobs"),
     )
     args = {"a": 1, "b": [1, 2], "c": True, "dtype": "bfloat16", "quoted": "x=y", "empty": ""}
-    assert full == config.EngineConfig("e", "m", "vllm", "org/m", 3, (0, 2), args)
+    assert full == config.EngineConfig("e", "m", "vllm", "org/m", 3, (0, 2), args, False)
 
 
 def test_engine_spec() -> None:
@@ -238,6 +240,55 @@ def test_without_bench(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "chimera_bench", None)
     assert "pip install 'chimera-daemon[bench]'" in refused(capsys, *command)
+
+
+@pytest.mark.parametrize("command", LEARNING)
+def test_without_predictors(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, f"chimera_predictors.{command}_cli", None)
+    message = refused(capsys, command, "--any", "option")
+    assert "pip install 'chimera-daemon[train]'" in message
+
+
+def test_without_what_learning_needs(tmp_path: Path) -> None:
+    """One line, with the extra to install; what the libraries lack is no fault of the project."""
+    for missing, arguments in (
+        ("numpy", ["traces", "info", str(tmp_path)]),
+        ("torch", ["eval", "--traces", str(tmp_path), "--bundle", str(tmp_path)]),
+        ("rich", ["eval", "--traces", str(tmp_path), "--folds", "3"]),
+    ):
+        log = '{"workflow_id": "w", "stages": [{"model": "m"}]}'
+        (tmp_path / "a.jsonl").write_text(log)
+        ended = chimera(*arguments, prelude=f"import sys; sys.modules[{missing!r}] = None")
+        assert ended.returncode == 2
+        assert "Traceback" not in ended.stderr
+        last = ended.stderr.splitlines()[-1]
+        assert last.startswith("chimera: ")
+        assert missing in last
+        assert last.count("pip install 'chimera-daemon[") == 1
+
+
+def test_a_fault_of_ours_is_no_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(arguments: object) -> int:
+        from chimera_predictors.records import no_such_thing  # type: ignore[attr-defined]
+
+        return no_such_thing
+
+    from chimera_predictors import traces_cli
+
+    monkeypatch.setattr(traces_cli, "_info", fault)
+    with pytest.raises(ImportError, match="no_such_thing"):
+        main(["traces", "info", "x"])
+
+
+def test_help_is_light() -> None:
+    """Of what is heavy or optional, nothing is imported before a command runs."""
+    check = "import atexit; atexit.register(lambda: print(sorted(HEAVY & set(sys.modules))))"
+    heavy = "{'numpy', 'torch', 'rich', 'matplotlib', 'pyarrow', 'sklearn', 'transformers'}"
+    ended = chimera("--help", prelude=f"import sys; HEAVY = {heavy}; {check}")
+    assert ended.returncode == 0
+    assert ended.stdout.splitlines()[-1] == "[]"
 
 
 def test_without_vllm(tmp_path: Path) -> None:

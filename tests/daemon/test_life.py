@@ -353,9 +353,9 @@ class Recorder(PriorPredictor):
         super().__init__(Config())
         self.prompt_tokens: list[int] = []
 
-    def predict(self, stage: Stage, deliver: Deliver) -> None:
+    def predict(self, stage: Stage, payload: bytes, deliver: Deliver) -> None:
         self.prompt_tokens.append(stage.prompt_tokens)
-        super().predict(stage, deliver)
+        super().predict(stage, payload, deliver)
 
 
 def test_estimate_of_prompt_tokens_learns(tmp_path: Path) -> None:

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from chimera_daemon.config import Config
-from chimera_daemon.messages import Cancel, Closed, CloseWorkflow, Prediction, Stage, WorkflowEnded
+from chimera_daemon.messages import (
+    Cancel,
+    Closed,
+    CloseWorkflow,
+    Prediction,
+    Stage,
+    Usage,
+    WorkflowEnded,
+)
 from chimera_daemon.prior import Deliver, PriorPredictor
 from tests.daemon.harness import ASK, World, body, run, until
 
@@ -17,14 +25,18 @@ class Deferred(PriorPredictor):
     def __init__(self) -> None:
         super().__init__(Config())
         self.asked: list[tuple[Stage, Deliver]] = []
+        self.cancelled: list[Stage] = []
 
-    def predict(self, stage: Stage, deliver: Deliver) -> None:
+    def predict(self, stage: Stage, payload: bytes, deliver: Deliver) -> None:
         self.asked.append((stage, deliver))
 
     def deliver_all(self) -> None:
         asked, self.asked = self.asked, []
         for stage, deliver in asked:
-            super().predict(stage, deliver)
+            super().predict(stage, b"", deliver)
+
+    def cancel(self, stage: Stage) -> None:
+        self.cancelled.append(stage)
 
 
 class Broken(PriorPredictor):
@@ -33,7 +45,7 @@ class Broken(PriorPredictor):
     def __init__(self) -> None:
         super().__init__(Config())
 
-    def predict(self, stage: Stage, deliver: Deliver) -> None:
+    def predict(self, stage: Stage, payload: bytes, deliver: Deliver) -> None:
         raise RuntimeError("predict")
 
 
@@ -43,7 +55,7 @@ class Deaf(PriorPredictor):
     def __init__(self) -> None:
         super().__init__(Config())
 
-    def observe_stage(self, stage: Stage, model: str, output_tokens: int) -> None:
+    def observe_stage(self, stage: Stage, model: str, usage: Usage, logprob: float | None) -> None:
         raise RuntimeError("observe_stage")
 
     def observe_workflow(self, ended: WorkflowEnded) -> None:
@@ -95,6 +107,7 @@ def test_cancel_before_the_prediction(tmp_path: Path) -> None:
             raw.submit("r")
             raw.say(Cancel("r"))
             await raw.failure("r", "cancelled")
+            assert [stage.request_id for stage in predictor.cancelled] == ["r"]
             predictor.deliver_all()
             await raw.pong()
             assert len(raw.answers("r")) == 1
@@ -282,25 +295,40 @@ def test_predictor_hears_of_everything(tmp_path: Path) -> None:
         def add_model(self, model: str) -> None:
             heard.append(model)
 
-        def observe_stage(self, stage: Stage, model: str, output_tokens: int) -> None:
-            heard.append((stage.stage, model, output_tokens))
+        def observe_stage(
+            self, stage: Stage, model: str, usage: Usage, logprob: float | None
+        ) -> None:
+            heard.append((stage.stage, model, usage.output_tokens, logprob))
+
+        def observe_feedback(self, workflow_id: str, stage: int, verdict: float) -> None:
+            heard.append((workflow_id, stage, verdict))
 
         def observe_workflow(self, ended: WorkflowEnded) -> None:
             heard.append((ended.kind, ended.success, len(ended.stages)))
 
-        def predict(self, stage: Stage, deliver: Deliver) -> None:
+        def predict(self, stage: Stage, payload: bytes, deliver: Deliver) -> None:
             def learned(stage: Stage, prediction: Prediction) -> None:
                 deliver(stage, Prediction(prediction.models, prediction.other, "learned"))
 
-            super().predict(stage, learned)
+            super().predict(stage, payload, learned)
 
     async def test() -> None:
         async with World(tmp_path, predictor=Listener(Config())) as world:
             await world.join("e", "m", reply_tokens=(3, 3))
             async with world.client() as client, client.workflow(kind="k") as workflow:
-                assert (await workflow.generate(ASK)).receipt.source == "learned"
+                first = await workflow.generate(ASK)
+                assert first.receipt.source == "learned"
+                await workflow.feedback(first, True)
                 await workflow.generate(ASK)
+                await workflow.feedback(1, 0.25)
                 await workflow.close(success=0.5)
-            assert heard == ["m", (0, "m", 3), (1, "m", 3), ("k", 0.5, 2)]
+            assert heard == [
+                "m",
+                (0, "m", 3, None),
+                (workflow.id, 0, 1.0),
+                (1, "m", 3, None),
+                (workflow.id, 1, 0.25),
+                ("k", 0.5, 2),
+            ]
 
     run(test())

@@ -14,6 +14,7 @@ from chimera_daemon.messages import (
     Prediction,
     Stage,
     StageOutcome,
+    Usage,
     WorkflowEnded,
 )
 from chimera_daemon.prior import PriorPredictor
@@ -31,13 +32,13 @@ def stage(kind: str = "", number: int = 0, hints: Hints | None = None) -> Stage:
 def predict(prior: PriorPredictor, *args: Any, **named: Any) -> Prediction:
     """What it says; it answers at once."""
     got: list[Prediction] = []
-    prior.predict(stage(*args, **named), lambda _, prediction: got.append(prediction))
+    prior.predict(stage(*args, **named), b"", lambda _, prediction: got.append(prediction))
     return got[0]
 
 
 def observe(prior: PriorPredictor, model: str, tokens: int, n: int = 1, kind: str = "") -> None:
     for _ in range(n):
-        prior.observe_stage(stage(kind), model, tokens)
+        prior.observe_stage(stage(kind), model, Usage(10, tokens), None)
 
 
 def ended(success: float | None, *stages: tuple[str, int], kind: str = "") -> WorkflowEnded:
@@ -84,15 +85,15 @@ def test_little_is_trusted_little(prior: PriorPredictor) -> None:
 
 
 def test_stage_without_a_kind_counts_once(prior: PriorPredictor) -> None:
-    prior.observe_stage(stage(""), "small", 10)
+    prior.observe_stage(stage(""), "small", Usage(10, 10), None)
     assert {cell.stage.seen for cell in prior._cells.values()} == {1}
 
 
 def test_backs_off_from_stage_to_kind_to_model(prior: PriorPredictor) -> None:
     for _ in range(300):
-        prior.observe_stage(stage("code", 0), "small", 400)
-        prior.observe_stage(stage("code", 1), "small", 200)
-        prior.observe_stage(stage("math", 0), "small", 20)
+        prior.observe_stage(stage("code", 0), "small", Usage(10, 400), None)
+        prior.observe_stage(stage("code", 1), "small", Usage(10, 200), None)
+        prior.observe_stage(stage("math", 0), "small", Usage(10, 20), None)
 
     def tokens(kind: str, number: int) -> float:
         return predict(prior, kind, number).of("small").stage_tokens_mean
@@ -107,7 +108,7 @@ def test_backs_off_from_stage_to_kind_to_model(prior: PriorPredictor) -> None:
 
 def test_late_stages_are_taken_together(prior: PriorPredictor) -> None:
     for number in (15, 40, 99_999):
-        prior.observe_stage(stage("k", number), "small", 10)
+        prior.observe_stage(stage("k", number), "small", Usage(10, 10), None)
     assert len(prior._cells) == 3
     assert predict(prior, "k", 500) is predict(prior, "k", 15)
 
@@ -178,7 +179,7 @@ def test_predictions_make_sense(events: list[tuple[Any, ...]]) -> None:
     prior = PriorPredictor(Config(models=MODELS))
     for event in events:
         if len(event) == 3:
-            prior.observe_stage(stage(event[0], event[1]), "small", event[2])
+            prior.observe_stage(stage(event[0], event[1]), "small", Usage(10, event[2]), None)
         else:
             prior.observe_workflow(ended(event[0], *(("small", n) for n in event[1])))
         for kind in ("", "a", "never"):
@@ -220,7 +221,7 @@ def test_hints_in_part(prior: PriorPredictor) -> None:
 
 def test_kinds_cannot_fill_the_memory(prior: PriorPredictor) -> None:
     for number in range(5000):
-        prior.observe_stage(stage(f"kind {number}", number), "small", 10)
+        prior.observe_stage(stage(f"kind {number}", number), "small", Usage(10, 10), None)
         predict(prior, f"kind {number}", number)
     assert len(prior._kinds) <= prior_module._MAX_KINDS + 1
     assert len(prior._cells) <= 1 + 65 * 17

@@ -8,13 +8,15 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from chimera_daemon.client import Draining, Reply, connect
 from chimera_daemon.messages import GetStatus, Result
-from tests.daemon.harness import ASK, WAIT_S, RawClient, body, run, sessions, until
+from chimera_daemon.serve import _on_signals
+from tests.daemon.harness import ASK, WAIT_S, RawClient, World, body, run, sessions, until
 
 ROOT = Path(__file__).parents[2]
 SLOW = "step_s = 0.02, reply_tokens = [1000, 1000]"
@@ -132,6 +134,46 @@ def test_up_serves_and_leaves_nothing(tmp_path: Path) -> None:
         assert {p.name for p in (up.folder / "logs").iterdir()} == {"a.log", "b.log"}
 
     with_up(Up(tmp_path, {"a": FAST, "b": FAST}), test)
+
+
+def test_up_records_traces(tmp_path: Path) -> None:
+    """To the folder of the command line, with the workflows that end in the last moment."""
+
+    async def test(up: Up) -> None:
+        await up.ready()
+        async with connect(up.front) as client, client.workflow(kind="k") as workflow:
+            reply = await workflow.generate(ASK)
+            await workflow.feedback(reply, True)
+            await workflow.close(success=True)
+        up.process.send_signal(signal.SIGHUP)
+        await until(lambda: "written 1" in up.log.read_text(), "the state in the log")
+        async with connect(up.front) as client, client.workflow() as workflow:
+            await workflow.generate(ASK)
+        up.process.send_signal(signal.SIGTERM)
+        assert await up.ended() == 0
+        assert "Traceback" not in up.log.read_text()
+        (path,) = (tmp_path / "traces").iterdir()
+        first, second = path.read_text().splitlines()
+        assert '"verdict":1.0' in first
+        assert '"kind":"k"' in first
+        assert "2 + 2" in second
+
+    with_up(Up(tmp_path, {"a": FAST}), test, "--record", str(tmp_path / "traces"))
+
+
+def test_sighup_reloads_the_bundle(tmp_path: Path) -> None:
+    async def test() -> None:
+        reloads: list[None] = []
+        async with World(tmp_path) as world:
+            predictor = SimpleNamespace(reload=lambda: reloads.append(None))
+            _on_signals(asyncio.Event(), asyncio.Event(), world.daemon, cast(Any, predictor))
+            for n in (1, 2):
+                os.kill(os.getpid(), signal.SIGHUP)
+                await until(lambda n=n: len(reloads) == n)
+            for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().remove_signal_handler(number)
+
+    run(test())
 
 
 def test_sigterm_drains(tmp_path: Path) -> None:

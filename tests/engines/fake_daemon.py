@@ -75,6 +75,7 @@ class FakeDaemon:
         self.address = address
         self.daemon_id = "daemon-1"
         self.heartbeat_s = 0.02
+        self.logprobs = False
         self.version: int | None = None
         self.registers: list[Register] = []
         self.beats: list[Heartbeat] = []
@@ -127,7 +128,7 @@ class FakeDaemon:
         self._next += 1
         attempt = Attempt(self._next if attempt_id is None else attempt_id)
         self.attempts[attempt.attempt_id] = attempt
-        run = Run(attempt.attempt_id, priority, max_tokens, stream)
+        run = Run(attempt.attempt_id, priority, max_tokens, stream, self.logprobs)
         self.raw(wire.encode(run), payload)
         return attempt
 

@@ -41,6 +41,7 @@ def test_runs_and_counts(rig: Rig) -> None:
         assert finished.finish_reason == "length"
         assert attempt.text
         assert not attempt.chunks
+        assert finished.logprob is None  # it was not asked for
         longer = await daemon.submit(chat("one two three " * 10), 1).finished()
         assert longer.usage.prompt_tokens > finished.usage.prompt_tokens
         assert longer.usage.output_tokens == 1
@@ -63,6 +64,21 @@ def test_stream_is_the_text(rig: Rig) -> None:
         await whole.finished()
         assert whole.text == streamed.text  # same payload, same text
         assert not rig.clocked or len(streamed.chunks) > 5
+
+    rig.run(test)
+
+
+def test_logprobs_are_given_where_they_can_be_had(rig: Rig) -> None:
+    async def test(daemon: FakeDaemon, host: Host) -> None:
+        daemon.logprobs = True
+        attempts = [daemon.submit(chat("how sure?"), 10, stream=s) for s in (False, True)]
+        whole, streamed = [(await attempt.finished()).logprob for attempt in attempts]
+        if rig.engine.kind == "echo":
+            assert whole is streamed is None
+        else:
+            assert whole is not None
+            assert -20 < whole < 0  # random weights: of no token is it sure
+            assert streamed == pytest.approx(whole, rel=0.01)
 
     rig.run(test)
 

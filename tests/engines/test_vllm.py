@@ -1,6 +1,7 @@
 """How vLLM refuses to start; what it does once it has started is in test_conformance."""
 
 import asyncio
+import math
 import os
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 
 from chimera_daemon.config import EngineConfig
 from chimera_daemon.engines.backend import EngineStartError
-from chimera_daemon.engines.vllm import VllmBackend
+from chimera_daemon.engines.vllm import VllmBackend, _mean_logprob
+from chimera_daemon.messages import EngineFinished, Usage
+from chimera_daemon.wire import decode_back, encode
 from tests.engines.conftest import VLLM_WARNINGS, Sink
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in VLLM_WARNINGS]
@@ -42,6 +45,26 @@ def test_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_model_there(tmp_path: Path) -> None:
     assert str(tmp_path) in refusal(tmp_path)
     assert "`path` is missing" in refusal(None)
+
+
+@pytest.mark.parametrize(
+    ("total", "tokens", "mean"),
+    [
+        (-3.0, 4, -0.75),
+        (0.0, 4, 0.0),
+        (1e-7, 4, 0.0),  # rounded the wrong way
+        (-1e12, 4, -1e6),
+        (None, 4, None),
+        (-3.0, 0, None),
+        (-math.inf, 4, None),
+        (math.nan, 4, None),
+    ],
+)
+def test_mean_logprob(total: float | None, tokens: int, mean: float | None) -> None:
+    """What it gives is what the message may carry."""
+    assert _mean_logprob(total, tokens) == mean
+    finished = EngineFinished(1, Usage(1, tokens), "stop", mean)
+    assert decode_back(encode(finished)) == finished
 
 
 @pytest.mark.vllm
