@@ -8,7 +8,12 @@ from matplotlib.figure import Figure
 
 from chimera_bench.summary import PolicySummary
 
-_KNOWN = {"chimera": "#c0392b", "paper": "#2471a3", "least_loaded": "#7f8c8d"}
+_KNOWN = {
+    "chimera": "#c0392b",
+    "chimera (prior)": "#e59866",
+    "paper": "#2471a3",
+    "least_loaded": "#7f8c8d",
+}
 _OTHERS = ("#1e8449", "#b7950b", "#7d3c98", "#d35400", "#117a65", "#5d4037")
 
 

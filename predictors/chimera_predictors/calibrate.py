@@ -18,6 +18,9 @@ from chimera_predictors import features
 from chimera_predictors.dataset import Array, Ints, Labels
 from chimera_predictors.options import LEVELS
 
+# Rows held out are predicted by a few members, served ones by all, which are off by less: with the
+# whole shift, intervals of 80 % held 85 % of new tasks on MINT, with none 79 %.
+_SHIFT_SHARE = 0.5
 _ENOUGH_ROWS = 50  # for a stage group, or a model, to be judged by itself
 _PLATT_STEPS = 50
 
@@ -135,7 +138,7 @@ def _conformal(quantiles: Array, target: Array, group: Ints) -> Array:
             rows = known & (group == stage)
             if rows.sum() >= _ENOUGH_ROWS:
                 shift[stage, column] = np.quantile(error[rows, column], level)
-    return shift
+    return _SHIFT_SHARE * shift
 
 
 def _spread(error: Array, model: Ints, models: int) -> Array:
@@ -148,7 +151,7 @@ def _spread(error: Array, model: Ints, models: int) -> Array:
         rows = known & (model == number)
         if rows.sum() >= _ENOUGH_ROWS:
             table[number] = np.quantile(error[rows], levels)
-    return table
+    return table.astype(np.float64)
 
 
 def _factor(quantiles: Array, target: Array, group: Ints) -> Array:

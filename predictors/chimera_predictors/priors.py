@@ -74,7 +74,7 @@ def _solve(features: Array, target: Array, weight: Array, noise: float) -> Array
     """Weighted ridge regression's coefficients [C]."""
     weighted = features * weight[:, None]
     normal = weighted.T @ features + noise * np.eye(features.shape[1])
-    return np.linalg.solve(normal, weighted.T @ target)
+    return np.linalg.solve(normal, weighted.T @ target).astype(np.float64)
 
 
 def projection(x: Array, width: int) -> tuple[Array, Array]:

@@ -45,12 +45,8 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; return the exit code. Messages and progress go to standard error."""
-    try:
-        from chimera_predictors import bundle, encoder, finetune, traces, trainer
-    except ImportError as error:
-        message = f"{error}; `chimera train` needs: pip install 'chimera-daemon[train]'"
-        print(f"chimera: {message}", file=sys.stderr)
-        return EXIT_USAGE
+    from chimera_predictors import bundle, encoder, finetune, traces, trainer
+
     try:
         _train(arguments)
     except (

@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from chimera_predictors.bundle import write_bundle
+import msgspec
+
+from chimera_predictors.bundle import Bundle, write_bundle
 from chimera_predictors.encoder import load_encoder
 from chimera_predictors.options import Options
 from chimera_predictors.traces import read_traces
@@ -30,8 +32,16 @@ def main() -> None:
     encoder = load_encoder(str(arguments.encoder), max_tokens=_MAX_TOKENS)
     traces = read_traces(arguments.traces)
     bundle = train_bundle(traces, training_cache(encoder), _OPTIONS, included=True)
+    bundle = _renamed(bundle)
     write_bundle(bundle, arguments.out, encoder.save)
     print(bundle.info.metrics)
+
+
+def _renamed(bundle: Bundle) -> Bundle:
+    """The encoder is inside; where it lay on the machine that trained it is nobody's concern."""
+    replace = msgspec.structs.replace
+    encoder = replace(bundle.info.encoder, name="testbed")
+    return replace(bundle, info=replace(bundle.info, encoder=encoder))
 
 
 if __name__ == "__main__":
