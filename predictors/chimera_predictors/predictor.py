@@ -81,6 +81,8 @@ class BundlePredictor:
         with torch.inference_mode():
             outputs = ops.heads(tensors_of(inputs), self.bundle.weights)
         found = Table(*(part.double().numpy() for part in outputs))
+        if self._trusted.all() and self._known.all():
+            return found
         return self._gated(found, self.prior_table(inputs))
 
     def prior_table(self, inputs: Inputs) -> Table:
