@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chimera_kernels import reference_heads as ops
-from chimera_predictors import features
 from chimera_predictors.dataset import Ints, Labels
 from chimera_predictors.options import LEVELS, Options, Progress
 
@@ -119,12 +118,13 @@ class _Head(nn.Module):
 
 def train_network(
     network: Network, x: list[Tensor], priors: list[Tensor], moved: list[Tensor], labels: Labels,
-    fold: Ints, group: Ints, kinds: int, options: Options, progress: Progress,
+    fold: Ints, group: Ints, text_widths: tuple[int, int], options: Options, progress: Progress,
 ) -> Tensor:  # fmt: skip
     """Train all members at once; raw outputs [R, M, V] of each row by those that never saw it.
 
     Inputs [R, F], priors and moved priors [R, M, 4] come twice, for the declared kind and for
-    one that the text had to tell: each row is trained on either, at random.
+    one that the text had to tell: each row is trained on either, at random. The last of the F
+    inputs are the two texts, of ``text_widths``.
     """
     torch.manual_seed(options.seed + 1)  # of the caller's fork; dropout takes no generator
     generator = torch.Generator().manual_seed(options.seed + 1)
@@ -150,7 +150,7 @@ def train_network(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, [_Slope(router_steps), _Slope(float(steps))]
     )
-    cut = _Dropout(len(features.NAMES) * options.steps + kinds, x[0].shape[1], options)
+    cut = _Dropout(x[0].shape[1], text_widths, options.text_dropout)
     rows_of = [torch.from_numpy(rows) for rows in seen for _ in range(network.members_per_fold)]
     for step in range(steps):
         at = torch.stack(
@@ -192,10 +192,10 @@ class _Slope:
 class _Dropout:
     """Leaves whole texts out, so that the network also works without and leans on none too much."""
 
-    def __init__(self, start: int, width: int, options: Options) -> None:
-        new = options.new_width
-        self.parts = (slice(start, width - new), slice(width - new, width))
-        self.rate = options.text_dropout
+    def __init__(self, width: int, text_widths: tuple[int, int], rate: float) -> None:
+        task, new = text_widths
+        self.parts = (slice(width - new - task, width - new), slice(width - new, width))
+        self.rate = rate
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         x = x.clone()

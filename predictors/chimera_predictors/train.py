@@ -75,7 +75,8 @@ def fit(
     net.start(labels)
     group = inputs.stage_group
     with torch.random.fork_rng(devices=[]):
-        raw = train_network(net, x, prior, moved, labels, fold, group, kinds, options, progress)
+        widths = (weights.task_projection.shape[1], weights.new_projection.shape[1])
+        raw = train_network(net, x, prior, moved, labels, fold, group, widths, options, progress)
     weights = weights._replace(**net.merged())
     weights = weights._replace(router_share=_router_share(raw, prior[0], moved[0], judged, group))
     outputs = ops.finish(raw, prior[0], moved[0], declared.stage_group, weights)

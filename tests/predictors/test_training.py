@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from chimera_predictors import features, finetune, metrics
+from chimera_predictors import features, finetune, metrics, network
 from chimera_predictors.encoder import EmbeddingCache, Encoder
 from chimera_predictors.options import LEVELS
 from chimera_predictors.predictor import BundlePredictor
@@ -212,3 +213,13 @@ def test_fine_tuning_moves_the_encoder_and_keeps_a_fold_unseen(encoder: Encoder)
 
 def test_features_are_as_many_as_the_heads_were_trained_on(trained: Trained) -> None:
     assert trained.bundle.weights.edges.shape[0] == len(features.NAMES)
+
+
+def test_leaving_a_text_out_leaves_numbers_and_the_other_text_in() -> None:
+    drop = network._Dropout(width=10, text_widths=(3, 2), rate=0.5)
+    left = drop(torch.ones(4, 50, 10), torch.Generator().manual_seed(0))
+    assert (left[..., :5] == 1.0).all()
+    for part in (left[..., 5:8], left[..., 8:]):
+        assert (part == part[..., :1]).all()
+        assert 0.2 < part.mean() < 0.8
+    assert (left[..., 5] != left[..., 8]).any()
