@@ -17,10 +17,13 @@ except ImportError as error:
     ) from error
 
 from chimera_predictors.text import cut
+from chimera_predictors.words import ID_BYTES, Words, pack_ids
 
 # English has 4 to 5 bytes a token. Of 3,678 benchmark prompts that this cuts, with 64 to 256 tokens
 # kept of each, one kept other tokens than it would have without the cut.
 BYTES_PER_TOKEN = 12
+
+_PROBE = "a"
 
 
 class Packed(NamedTuple):
@@ -47,14 +50,19 @@ class Tokenizer:
         self._library.no_truncation()
         self._library.no_padding()
         self._before, self._after = self._frame()
-        if max_tokens <= self._before + self._after:
+        self._words = self._known_words()
+        special = (len(self._before) + len(self._after)) // ID_BYTES
+        content = max_tokens - special
+        if content < 1:
             raise ValueError(
-                f"max_tokens is {max_tokens}; with {self._before + self._after} special tokens"
-                " around each text there is no room for one of the text"
+                f"max_tokens is {max_tokens}; with {special} special tokens around each text there"
+                " is no room for one of the text"
             )
         self.definition = definition
         self.max_tokens = max_tokens
         self.max_bytes = BYTES_PER_TOKEN * max_tokens
+        self._half = (content + 1) // 2
+        self._tail = len(self._after) + ID_BYTES * (content // 2)
 
     @property
     def vocabulary(self) -> int:
@@ -64,27 +72,49 @@ class Tokenizer:
     def encode(self, texts: Sequence[str]) -> Packed:
         """Token ids of all `texts`, cut first by bytes and then by tokens.
 
-        An empty text gives the special tokens alone, or the single id 0 if there are none. Uses
-        the library's threads: for one text they cost nothing, for eight they already pay.
+        An empty text gives the special tokens alone, or the single id 0 if there are none. Where
+        words.py does not know the kind of tokenizer, the library's threads are used: for one text
+        they cost nothing, for eight they already pay.
         """
         cleaned = [cut(text, self.max_bytes) for text in texts]
-        kept = [self._shorten(e.ids) for e in self._library.encode_batch_fast(cleaned)]
+        kept = [self._shorten(ids) for ids in self._tokenise(cleaned)]
         return Packed(
-            np.array([token for ids in kept for token in ids], dtype=np.int32),
-            np.array([len(ids) for ids in kept], dtype=np.int32),
+            np.frombuffer(bytearray().join(kept), dtype=np.int32),
+            np.array([len(ids) // ID_BYTES for ids in kept], dtype=np.int32),
         )
 
-    def _frame(self) -> tuple[int, int]:
-        """How many special tokens stand before and after a text."""
-        bare = self._library.encode("a", add_special_tokens=False).ids
-        framed = self._library.encode("a").ids
+    def _tokenise(self, texts: Sequence[str]) -> list[bytes]:
+        """Packed ids of each text, special ones included."""
+        if self._words is None:
+            return self._by_library(texts)
+        return [self._by_words(self._words, text) for text in texts]
+
+    def _by_words(self, words: Words, text: str) -> bytes:
+        ids = words.encode(text, self._half)
+        return self._by_library([text])[0] if ids is None else self._before + ids + self._after
+
+    def _by_library(self, texts: Sequence[str]) -> list[bytes]:
+        return [pack_ids(encoding.ids) for encoding in self._library.encode_batch_fast(texts)]
+
+    def _frame(self) -> tuple[bytes, bytes]:
+        """Packed ids of the special tokens before and after a text."""
+        bare = self._library.encode(_PROBE, add_special_tokens=False).ids
+        framed = self._library.encode(_PROBE).ids
         extra = len(framed) - len(bare)
         before = next((i for i in range(extra) if framed[i : i + len(bare)] == bare), extra)
-        return before, extra - before
+        return pack_ids(framed[:before]), pack_ids(framed[before + len(bare) :])
 
-    def _shorten(self, ids: list[int]) -> list[int]:
-        if len(ids) <= self.max_tokens:
-            return ids or [0]
-        content = self.max_tokens - self._before - self._after
-        tail = content // 2
-        return ids[: self._before + content - tail] + ids[len(ids) - self._after - tail :]
+    def _known_words(self) -> Words | None:
+        special = self._library.encode("").ids
+        if set(special) & set(self._library.encode(_PROBE, add_special_tokens=False).ids):
+            return None  # where the special tokens end is a guess
+        try:
+            return Words(self._library)
+        except ValueError:
+            return None
+
+    def _shorten(self, ids: bytes) -> bytes:
+        limit = ID_BYTES * self.max_tokens
+        if len(ids) <= limit:
+            return ids or pack_ids([0])
+        return ids[: limit - self._tail] + ids[len(ids) - self._tail :]
