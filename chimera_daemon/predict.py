@@ -175,6 +175,7 @@ class LearnedPredictor:
         self._pace = Pace()
         self._failures = 0
         self._rest_until_s = 0.0
+        log.info("bundle %s, on %s", model.digest[:16], model.runs_on)
         unknown = sorted(self._models - model.models)
         if unknown:
             log.warning(
@@ -395,6 +396,8 @@ class LearnedPredictor:
             "bundle": self._limits.bundle,
             "digest": "" if model is None else model.digest,
             "loaded_at": self._loaded_at,
+            "runs_on": "" if model is None else model.runs_on,
+            "model_counters": {} if model is None else dict(model.counters),
             "models_unknown": [] if model is None else sorted(self._models - model.models),
             "resting": self._loop.time() < self._rest_until_s,
             "waiting": len(self._waiting),

@@ -44,6 +44,16 @@ class Model(Protocol):
         """Which bundle it is."""
         ...
 
+    @property
+    def runs_on(self) -> str:
+        """The device and the kernels, for people."""
+        ...
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What it has counted itself; may be read while it predicts."""
+        ...
+
     def predict(self, queries: Sequence[StageQuery]) -> Sequence[dict[str, Forecast]]:
         """Blocks. One answer per query; models that it had better not predict are left out."""
         ...

@@ -91,6 +91,7 @@ def _predictor(predictor: dict[str, Any]) -> str:
             f"loaded {predictor['loaded_at']}  waiting {predictor['waiting']}"
             f"{'  RESTING after failures' if predictor['resting'] else ''}"
         )
+        lines.append(f"runs on {predictor['runs_on']}  {_counters(predictor['model_counters'])}")
         if predictor["models_unknown"]:
             lines.append(f"models it does not know: {', '.join(predictor['models_unknown'])}")
     traces = predictor["traces"]

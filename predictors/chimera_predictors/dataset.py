@@ -23,12 +23,24 @@ Encode = Callable[[Sequence[str]], Floats]
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What is known of R stages just before they run."""
+class Described:
+    """What is known of R stages just before they run, their U different texts as they are."""
 
     numbers: Floats  # [R, N]
     stage_group: Ints  # [R]
     kind: Ints  # [R] index into the kinds, -1 where not declared or not among them
+    task: Ints  # [R] number of the text, -1 without one
+    new: Ints  # [R] number of the text, -1 at stage 0 and without one
+    texts: list[str]  # [U]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """As `Described`, with vectors instead of texts."""
+
+    numbers: Floats  # [R, N]
+    stage_group: Ints  # [R]
+    kind: Ints  # [R]
     task: Ints  # [R] row of `texts`, -1 without a text
     new: Ints  # [R] row of `texts`, -1 at stage 0 and without a text
     texts: Floats  # [U, D] unit vectors
@@ -56,8 +68,8 @@ class Labels:
         return Labels(self.model, *(np.where(rows, column, np.nan) for column in columns))
 
 
-def inputs_of(queries: Sequence[StageQuery], kinds: Sequence[str], encode: Encode) -> Inputs:
-    """Features of the queries; each distinct text is encoded once."""
+def describe(queries: Sequence[StageQuery], kinds: Sequence[str]) -> Described:
+    """Features of the queries, and which texts they have."""
     number_of: dict[str, int] = {}
     task = np.full(len(queries), -1, dtype=np.int64)
     new = np.full(len(queries), -1, dtype=np.int64)
@@ -67,14 +79,22 @@ def inputs_of(queries: Sequence[StageQuery], kinds: Sequence[str], encode: Encod
         if query.new_text and query.stage > 0:
             new[row] = number_of.setdefault(query.new_text, len(number_of))
     code = {kind: number for number, kind in enumerate(kinds)}
-    return Inputs(
+    return Described(
         features.numbers(queries),
         np.array([features.stage_group(query) for query in queries], dtype=np.int64),
         np.array([code.get(query.kind, -1) for query in queries], dtype=np.int64),
         task,
         new,
-        encode(list(number_of)),
+        list(number_of),
     )
+
+
+def inputs_of(stages: Described, encode: Encode) -> Inputs:
+    """The same stages with vectors; each different text is encoded once."""
+    return Inputs(
+        stages.numbers, stages.stage_group, stages.kind, stages.task, stages.new,
+        encode(stages.texts),
+    )  # fmt: skip
 
 
 def labels_of(traces: Traces) -> Labels:

@@ -4,23 +4,30 @@ One encoder pass over the texts not seen before, one pass of the heads over the 
 stages of the daemon, no threads and no deadlines.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from chimera_kernels import dispatch
 from chimera_kernels import reference_heads as ops
+from chimera_kernels.reference_heads import HeadOutputs
 from chimera_predictors import calibrate
 from chimera_predictors.bundle import Bundle, BundleError, read_bundle
-from chimera_predictors.dataset import Inputs, inputs_of, tensors_of
-from chimera_predictors.encoder import EmbeddingCache, EncoderError, load_encoder
+from chimera_predictors.dataset import Described, describe, inputs_of, tensors_of
+from chimera_predictors.encoder import EmbeddingCache, Encoder, EncoderError, load_encoder
 from chimera_predictors.records import Forecast, StageQuery
+
+if TYPE_CHECKING:
+    from chimera_predictors.fused import FusedHeads
 
 __all__ = ["BundleError", "BundlePredictor", "Table", "load"]
 
 Array = NDArray[np.float64]
+Heads = Callable[[Described], HeadOutputs]
 
 _CACHED_TEXTS = 16_384  # vectors kept: 25 MB at D = 384
 
@@ -38,15 +45,32 @@ class Table:
 class BundlePredictor:
     """Predicts with a bundle and its encoder. Not for several threads at once."""
 
-    def __init__(self, bundle: Bundle, cache: EmbeddingCache) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        cache: EmbeddingCache,
+        fused: "FusedHeads | None" = None,
+        runs_on: str = "",
+    ) -> None:
+        """`fused` predicts in place of `cache` and plain torch; `runs_on` tells people where."""
         self.bundle = bundle
         self.cache = cache
+        self.runs_on = runs_on
+        self._fused = fused
+        self._heads: Heads = fused or self._torch_heads
         self.models = frozenset(bundle.info.models)
         self.levels = bundle.info.levels
         self.digest = bundle.info.heads_sha256
         gates = bundle.info.gates
         self._trusted = np.array([[g.confidence, g.lengths] for g in gates])
         self._known = np.array([[g.known_confidence, g.known_lengths] for g in gates])
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Of texts seen before and encoded, and of passes where the fused kernels run."""
+        if self._fused is not None:
+            return self._fused.counters
+        return {"texts_known": self.cache.hits, "texts_encoded": self.cache.misses}
 
     def predict(self, queries: Sequence[StageQuery]) -> list[dict[str, Forecast]]:
         """One dictionary per query: model -> forecast. Fields without any label are NaN."""
@@ -77,28 +101,31 @@ class BundlePredictor:
 
     def table(self, queries: Sequence[StageQuery]) -> Table:
         """All forecasts as arrays; the prior's where the gate does not trust the heads."""
-        inputs = self.inputs(queries)
-        with torch.inference_mode():
-            outputs = ops.heads(tensors_of(inputs), self.bundle.weights)
-        found = Table(*(part.double().numpy() for part in outputs))
+        stages = self.describe(queries)
+        found = Table(*(part.double().numpy() for part in self._heads(stages)))
         if self._trusted.all() and self._known.all():
             return found
-        return self._gated(found, self.prior_table(inputs))
+        return self._gated(found, self.prior_table(stages))
 
-    def prior_table(self, inputs: Inputs) -> Table:
+    @torch.inference_mode()
+    def _torch_heads(self, stages: Described) -> HeadOutputs:
+        inputs = inputs_of(stages, self.cache.encode_cached)
+        return ops.heads(tensors_of(inputs), self.bundle.weights)
+
+    def prior_table(self, stages: Described) -> Table:
         """What the bundle's stored prior says, without any text."""
         weights, spread = self.bundle.weights, self.bundle.prior_spread.astype(np.float64)
-        base = weights.base.double().numpy()[inputs.stage_group]  # [B, K, M, 4]
-        declared = np.eye(base.shape[1])[np.maximum(inputs.kind, 0)]
-        kinds = np.where((inputs.kind >= 0)[:, None], declared, 1.0 / base.shape[1])
+        base = weights.base.double().numpy()[stages.stage_group]  # [B, K, M, 4]
+        declared = np.eye(base.shape[1])[np.maximum(stages.kind, 0)]
+        kinds = np.where((stages.kind >= 0)[:, None], declared, 1.0 / base.shape[1])
         base = np.einsum("bk,bkmv->bmv", kinds, base)
         stage = np.maximum(base[:, :, 1, None] + spread[0], 0.0)
         remaining = np.maximum(base[:, :, 2, None] + spread[1], stage)
         return Table(np.clip(base[..., 0], 0.0, 1.0), stage, remaining, np.exp(base[..., 3]))
 
-    def inputs(self, queries: Sequence[StageQuery]) -> Inputs:
+    def describe(self, queries: Sequence[StageQuery]) -> Described:
         """Features of the queries, the same in training (`train_cli`) and serving."""
-        return inputs_of(queries, self.bundle.info.kinds, self.cache.encode_cached)
+        return describe(queries, self.bundle.info.kinds)
 
     def _gated(self, heads: Table, prior: Table) -> Table:
         by_confidence, by_length = self._trusted.T
@@ -116,7 +143,7 @@ class BundlePredictor:
 
 
 def load(path: str | Path, *, device: str = "auto", threads: int | None = None) -> BundlePredictor:
-    """Read a bundle and its encoder; slow (a second or two). Raises BundleError.
+    """Read a bundle and its encoder; slow (a second or two, on a GPU more). Raises BundleError.
 
     ``device``: auto, cpu or cuda. ``threads``: of torch, for the whole process; None leaves them.
     """
@@ -124,10 +151,9 @@ def load(path: str | Path, *, device: str = "auto", threads: int | None = None) 
     if threads is not None:
         torch.set_num_threads(threads)
     info = bundle.info.encoder
+    device = _device(device)
     try:
-        encoder = load_encoder(
-            bundle.encoder_source, max_tokens=info.max_tokens, device=_device(device)
-        )
+        encoder = load_encoder(bundle.encoder_source, max_tokens=info.max_tokens, device=device)
     except EncoderError as error:
         raise BundleError(f"the encoder of {path}: {error}") from error
     if encoder.dim != info.dim or encoder.digest != info.digest:
@@ -135,7 +161,24 @@ def load(path: str | Path, *, device: str = "auto", threads: int | None = None) 
             f"{path} was trained on other weights of {info.name} than those found here; "
             "train it again with `chimera train`"
         )
-    return BundlePredictor(bundle, EmbeddingCache(encoder, _CACHED_TEXTS))
+    choice = dispatch.choose(device, encoder.weights, encoder.checkpoint.spec)
+    fused = _fused(bundle, encoder, device) if choice.fused else None
+    kind = "fused kernels" if choice.fused else "plain torch"
+    return BundlePredictor(
+        bundle, EmbeddingCache(encoder, _CACHED_TEXTS), fused, f"{device}, {kind}: {choice.reason}"
+    )
+
+
+def _fused(bundle: Bundle, encoder: Encoder, device: str) -> "FusedHeads":
+    from chimera_predictors.fused import FusedHeads  # Triton comes with torch for GPUs only
+
+    try:
+        return FusedHeads(encoder, bundle.weights, slots=_CACHED_TEXTS, device=device)
+    except torch.OutOfMemoryError as error:
+        raise BundleError(
+            f"the GPU has no room for the predictor ({error}); leave it some memory "
+            '(engines take what `gpu_memory_utilization` says), or use `device = "cpu"`'
+        ) from error
 
 
 def _device(name: str) -> str:

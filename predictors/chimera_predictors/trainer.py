@@ -11,7 +11,7 @@ import torch
 
 from chimera_predictors import calibrate, features
 from chimera_predictors.bundle import SCHEMA, Bundle, BundleInfo, EncoderInfo
-from chimera_predictors.dataset import Ints, Labels, inputs_of, labels_of
+from chimera_predictors.dataset import Ints, Labels, describe, inputs_of, labels_of
 from chimera_predictors.encoder import EmbeddingCache, Encoder, load_encoder
 from chimera_predictors.evaluate import RowPredictions, data_digest
 from chimera_predictors.options import LEVELS, Options, Progress
@@ -47,7 +47,8 @@ def train_bundle(
     _check(traces)
     kinds = tuple(sorted({str(kind) for kind in traces.kind if kind})) or ("",)
     encode = _Encoding(cache, progress)
-    inputs, labels = inputs_of(traces.queries(), kinds, encode), labels_of(traces)
+    inputs = inputs_of(describe(traces.queries(), kinds), encode)
+    labels = labels_of(traces)
     judged = labels if unseen is None else labels.only(unseen)
     fold = _folds(traces, options)
     found = fit(
@@ -193,7 +194,7 @@ class PriorMethod(BundleMethod):
     name = "prior"
 
     def table(self, queries: Sequence[StageQuery]) -> Table:
-        return self.predictor.prior_table(self.predictor.inputs(queries))
+        return self.predictor.prior_table(self.predictor.describe(queries))
 
 
 class JointMethod:

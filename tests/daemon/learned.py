@@ -33,6 +33,8 @@ class FakeModel:
     def __init__(self, *models: str, digest: str = "fake") -> None:
         self.models = frozenset(models or ("m",))
         self.digest = digest
+        self.runs_on = "fake"
+        self.counters: dict[str, int] = {}
         self.gate = threading.Event()
         self.gate.set()
         self.error: Exception | None = None
