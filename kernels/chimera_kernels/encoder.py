@@ -27,6 +27,10 @@ from chimera_kernels.resources import Recorder, Variant
 # readers, one launch normalises all of them.
 _NORM_BY_READER_TOKENS = 1024
 _WIDEST_HEAD = 128
+_WIDEST_PAIR = 64
+# Tiles of 128 rows take up to 132,096 bytes. There are that many on 8.0, 9.0 and 10.0, not on 8.6,
+# 8.9 and 12.0, the GPUs of workstations.
+_LARGE_SHARED_BYTES = 160_000
 _WIDEST = 1024
 _NARROWEST_DOT = 16
 _KERNEL_ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
@@ -54,6 +58,7 @@ _TILES = (
     Tile(32, 32, 64, 4, 4),
     Tile(16, 32, 128, 4, 4),
 )
+SMALL_TILES = tuple(tile for tile in _TILES if tile.rows < 128)
 
 
 class _Layer(NamedTuple):
@@ -78,6 +83,8 @@ def unsupported(weights: Weights, spec: Spec) -> str:
         return f"{width} wide in {spec.heads} heads; at most {_WIDEST}, and {_WIDEST_HEAD} a head"
     if spec.activation not in _KERNEL_ACTIVATIONS:
         return f"activation {spec.activation!r}, not one of {_KERNEL_ACTIVATIONS}"
+    if weights.tokens.numel() >= 1 << 31:
+        return f"a vocabulary of {len(weights.tokens)}: places in it are 32-bit numbers"
     return ""
 
 
@@ -105,7 +112,9 @@ class TritonEncoder:
         device: str,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        """Room for `tokens` per launch; operands in `dtype`, sums and the residual in fp32.
+        """Room for `tokens` per launch; operands in `dtype`, sums in fp32.
+
+        So is the residual, but for a BERT's batches of more tokens than each reader normalises.
 
         Raises ValueError for an encoder that `unsupported` speaks of.
         """
@@ -119,7 +128,7 @@ class TritonEncoder:
         self.width = weights.tokens.shape[1]
         self.inner = weights.layers[0].down.weight.shape[1]
         self.vocabulary = len(weights.tokens)
-        self.multiprocessors = _multiprocessors(device)
+        self.multiprocessors, self.tiles = _limits(device)
         self._precision = "ieee" if dtype == torch.float32 else "tf32"
         plain = map_tensors(weights, lambda t: t.detach().to(device, torch.float32))
         self._token_table = plain.tokens.to(dtype)
@@ -246,7 +255,7 @@ class TritonEncoder:
     ) -> None:
         out = y.shape[1]
         places = out // 2 if pairing == "rope" else out
-        tile = tile_for(batch.tokens, places, pairing, self.multiprocessors)
+        tile = tile_for(batch.tokens, places, pairing, self.multiprocessors, self.tiles)
         used = norm or residual_norm
         grid = (triton.cdiv(batch.tokens, tile.rows), triton.cdiv(places, tile.columns))
         self.kernels.linear_kernel[grid](
@@ -303,22 +312,33 @@ def attention_block(longest: int) -> int:
     return max(_NARROWEST_DOT, min(64, int(triton.next_power_of_2(longest))))
 
 
-def tile_for(tokens: int, places: int, pairing: Pairing, multiprocessors: int) -> Tile:
-    """The largest tile that still gives every multiprocessor a program, else the smallest.
+def tile_for(
+    tokens: int,
+    places: int,
+    pairing: Pairing,
+    multiprocessors: int,
+    tiles: tuple[Tile, ...] = _TILES,
+) -> Tile:
+    """The largest of `tiles` that still gives every multiprocessor a program, else the smallest.
 
     A pairing keeps two sums per place, so the widest tile would not fit into registers.
     """
-    for tile in _TILES[1 if pairing else 0 :]:
+    for tile in tiles:
+        if pairing and tile.columns > _WIDEST_PAIR:
+            continue
         programs = triton.cdiv(tokens, tile.rows) * triton.cdiv(places, tile.columns)
         if programs >= multiprocessors:
             return tile
-    return _TILES[-1]
+    return tiles[-1]
 
 
-def _multiprocessors(device: str) -> int:
+def _limits(device: str) -> tuple[int, tuple[Tile, ...]]:
+    """Multiprocessors, and the tiles that fit into the shared memory of one."""
     if torch.device(device).type != "cuda":
-        return 1  # the interpreter runs one program after the other
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return 1, _TILES  # the interpreter runs one program after the other
+    found = torch.cuda.get_device_properties(device)
+    large = found.shared_memory_per_block_optin >= _LARGE_SHARED_BYTES
+    return found.multi_processor_count, _TILES if large else SMALL_TILES
 
 
 def _norm(norm: Any) -> Norm:
@@ -336,9 +356,9 @@ def _prepared(layer: Any, entry: Any, post: bool, dtype: torch.dtype) -> _Layer:
     return _Layer(None if entry is None else _norm(entry), _norm(middle), *matrices)
 
 
-# Multiprocessors of an H200, and (width, inner width, heads, tokens at once, longest text) of
-# encoders that people use.
-_H200 = 132
+# Multiprocessors of an H200 and of an L4, and (width, inner width, heads, tokens at once, longest
+# text) of encoders that people use.
+_H200, _L4 = 132, 58
 _SHAPES: tuple[tuple[str, Family, tuple[int, int, int, int, int]], ...] = (
     ("minilm", "bert", (384, 1536, 12, 128, 128)),
     ("minilm", "bert", (384, 1536, 12, 1024, 128)),
@@ -354,13 +374,18 @@ def variants() -> list[Variant]:
     for name, family, (width, inner, heads, tokens, longest) in _SHAPES:
         encoder = shaped_encoder(TritonEncoder, family, width, inner, heads, tokens, longest)
         found += recorded(encoder, f"{name} {tokens}", tokens, longest)
+    for name, family, (width, inner, heads, tokens, longest) in _SHAPES[1::3]:
+        encoder = shaped_encoder(TritonEncoder, family, width, inner, heads, tokens, longest)
+        encoder.multiprocessors, encoder.tiles = _L4, SMALL_TILES
+        made = recorded(encoder, f"{name} {tokens}, small tiles", tokens, longest)
+        found += [variant._replace(capabilities=(86, 89)) for variant in made]
     return found
 
 
 def recorded(encoder: TritonEncoder, name: str, tokens: int, longest: int) -> list[Variant]:
     """The different kernels of one launch; `encoder` lies on the device "meta"."""
     recorder = Recorder(encoder.kernels, name)
-    encoder.kernels, encoder.multiprocessors = recorder, _H200
+    encoder.kernels = recorder
     sequences = tokens // longest
     places = torch.empty(tokens, dtype=torch.int32, device="meta")
     bounds = torch.empty(sequences + 1, dtype=torch.int32, device="meta")
@@ -393,4 +418,6 @@ def shaped_encoder(
     spec = Spec(family, heads, 1e-5, longest, "gelu")
     if not bert:
         spec = spec._replace(windows=(None, 64), thetas=(160_000.0, 10_000.0))
-    return kind(weights, spec, tokens=tokens, device="meta")
+    encoder = kind(weights, spec, tokens=tokens, device="meta")
+    encoder.multiprocessors = _H200
+    return encoder

@@ -120,6 +120,9 @@ class FusedPass:
         self._host_out = _host(self._out.numel(), torch.float32, self._on_gpu)
         self._graphs: dict[Bucket, Any] = {}
         self._stream = torch.cuda.Stream(device) if self._on_gpu else None
+        if self._stream is not None:
+            # Weights and counters were made on another stream, which would not be waited for.
+            self._stream.wait_stream(torch.cuda.current_stream(device))
         self.counters = {"passes": 0, "passes_split": 0}
 
     def capture(self) -> None:
@@ -134,7 +137,10 @@ class FusedPass:
                 self._body(bucket, layout)  # compiles; what is captured must be compiled
                 graph = torch.cuda.CUDAGraph()
                 self._stream.synchronize()
-                with torch.cuda.graph(graph, stream=self._stream):
+                # Another pass may be serving meanwhile, on another thread.
+                with torch.cuda.graph(
+                    graph, stream=self._stream, capture_error_mode="thread_local"
+                ):
                     self._body(bucket, layout)
             self._graphs[bucket] = graph
 

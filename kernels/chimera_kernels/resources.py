@@ -57,6 +57,7 @@ class Variant(NamedTuple):
     num_warps: int = 4
     num_stages: int = 3
     options: dict[str, Any] = {}  # more of them, such as launch_cooperative_grid
+    capabilities: tuple[int, ...] = (80, 90)  # of the GPUs that it is launched on
 
 
 class Recorder:
@@ -213,7 +214,8 @@ def find_variants(modules: Sequence[str] = ()) -> list[Variant]:
 
 def _compile_all(variants: Iterable[Variant], capabilities: Iterable[int]) -> list[dict[str, Any]]:
     """One row for each variant and capability. Threads do: Triton lets go of Python's lock."""
-    jobs = [(variant, capability) for variant in variants for capability in capabilities]
+    wanted = set(capabilities)
+    jobs = [(variant, c) for variant in variants for c in variant.capabilities if c in wanted]
     # Where ptxas fails Triton prints all of the code, and raises its message.
     with contextlib.redirect_stdout(io.StringIO()), ThreadPoolExecutor(os.cpu_count()) as pool:
         done = list(pool.map(lambda job: compile_for(*job), jobs))

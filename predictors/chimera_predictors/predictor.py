@@ -161,24 +161,30 @@ def load(path: str | Path, *, device: str = "auto", threads: int | None = None) 
             f"{path} was trained on other weights of {info.name} than those found here; "
             "train it again with `chimera train`"
         )
-    choice = dispatch.choose(device, encoder.weights, encoder.checkpoint.spec)
-    fused = _fused(bundle, encoder, device) if choice.fused else None
-    kind = "fused kernels" if choice.fused else "plain torch"
-    return BundlePredictor(
-        bundle, EmbeddingCache(encoder, _CACHED_TEXTS), fused, f"{device}, {kind}: {choice.reason}"
-    )
+    fused, why = _fused(bundle, encoder, device)
+    kind = "plain torch" if fused is None else "fused kernels"
+    cache = EmbeddingCache(encoder, _CACHED_TEXTS)
+    return BundlePredictor(bundle, cache, fused, f"{device}, {kind}: {why}")
 
 
-def _fused(bundle: Bundle, encoder: Encoder, device: str) -> "FusedHeads":
+def _fused(bundle: Bundle, encoder: Encoder, device: str) -> "tuple[FusedHeads | None, str]":
+    """The fused pass where there are kernels for it, and why it is there or not."""
+    spec = encoder.checkpoint.spec
+    choice = dispatch.choose(device, encoder.weights, spec, bundle.weights)
+    if not choice.fused:
+        return None, choice.reason
     from chimera_predictors.fused import FusedHeads  # Triton comes with torch for GPUs only
 
     try:
-        return FusedHeads(encoder, bundle.weights, slots=_CACHED_TEXTS, device=device)
+        fused = FusedHeads(encoder, bundle.weights, slots=_CACHED_TEXTS, device=device)
     except torch.OutOfMemoryError as error:
         raise BundleError(
             f"the GPU has no room for the predictor ({error}); leave it some memory "
             '(engines take what `gpu_memory_utilization` says), or use `device = "cpu"`'
         ) from error
+    except Exception as error:  # of a compiler or a driver; plain torch needs neither
+        return None, f"the kernels cannot be used here ({type(error).__name__}: {error})"
+    return fused, choice.reason
 
 
 def _device(name: str) -> str:

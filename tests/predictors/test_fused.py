@@ -125,7 +125,8 @@ class Test_slots:
 
 class Test_dispatch:
     def test_no_gpu(self, trained: Trained) -> None:
-        choice = dispatch.choose("cpu", trained.encoder.weights, trained.encoder.checkpoint.spec)
+        spec, heads = trained.encoder.checkpoint.spec, trained.bundle.weights
+        choice = dispatch.choose("cpu", trained.encoder.weights, spec, heads)
         assert choice == (False, "no GPU")
 
     @pytest.mark.parametrize(
@@ -148,9 +149,32 @@ class Test_dispatch:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A GPU")
         spec = trained.encoder.checkpoint.spec._replace(activation=activation)
-        found = dispatch.choose("cuda", trained.encoder.weights, spec)
+        heads = trained.bundle.weights
+        found = dispatch.choose("cuda", trained.encoder.weights, spec, heads)
         assert found.fused is expected[0]
         assert found.reason.startswith(expected[1])
+
+    def test_heads_that_are_too_large(
+        self, trained: Trained, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+        heads = trained.bundle.weights
+        wide = heads._replace(hidden_weight=torch.zeros(len(heads.hidden_weight), 4000))
+        spec = trained.encoder.checkpoint.spec
+        found = dispatch.choose("cuda", trained.encoder.weights, spec, wide)
+        assert found == (False, "4000 hidden units; the kernel takes 1 to 2560")
+
+    def test_kernels_that_cannot_be_compiled_leave_plain_torch(
+        self, trained: Trained, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise RuntimeError("no C compiler")
+
+        monkeypatch.setattr(dispatch, "choose", lambda *_: dispatch.Choice(True, "A GPU"))
+        monkeypatch.setattr("chimera_predictors.fused.FusedHeads", fail)
+        loaded = load(trained)
+        assert loaded.runs_on.endswith("cannot be used here (RuntimeError: no C compiler)")
+        assert loaded.predict(queries_of(trained, 1))
 
     def test_what_is_loaded_says_where_it_runs(self, trained: Trained) -> None:
         if torch.cuda.is_available():
