@@ -318,6 +318,7 @@ def _add_bench(commands: Any) -> None:
     for name, module, text in (
         ("overhead", "overhead", "client, daemon and echo engines: round trips and stages/s"),
         ("core", "core_speed", "events per second of the scheduler core"),
+        ("kernels", "kernels", "the GPU kernels of prediction against torch.compile"),
         ("traces", "traces", "run the testbed and write its runs down, to train predictors on"),
     ):
         child = benches.add_parser(name, help=text, description=text)

@@ -88,18 +88,20 @@ class FusedPass:
         *,
         slots: int,
         device: str,
+        longest: int | None = None,
         dtype: torch.dtype | None = None,
         persistent_tokens: int = 0,
     ) -> None:
-        """`slots` of the table; `dtype` of the encoder's operands, by default `operands_for`.
+        """`slots` of the table; `longest` text in tokens, by default all that the encoder takes.
 
-        Batches of up to `persistent_tokens` use the persistent kernel. Raises ValueError where
-        there are no kernels for these weights.
+        A shorter `longest` saves programs that would find nothing to do. `dtype` is that of the
+        encoder's operands, by default `operands_for`. Batches of up to `persistent_tokens` use the
+        persistent kernel. Raises ValueError where there are no kernels for these weights.
         """
         dtype = dtype or operands_for(spec)
         self.spec: Spec = spec
         self.pooling: Pooling = pooling
-        self.longest = min(spec.max_tokens, MAX_TOKENS)
+        self.longest = min(longest or spec.max_tokens, spec.max_tokens, MAX_TOKENS)
         self._encoder = TritonEncoder(weights, spec, tokens=MAX_TOKENS, device=device, dtype=dtype)
         self._small: TritonEncoder | None = None
         if persistent_tokens:

@@ -78,7 +78,7 @@ class FusedHeads:
         self._table = SlotTable(slots)
         self._pass = FusedPass(
             encoder.weights, encoder.checkpoint.spec, encoder.checkpoint.pooling, weights,
-            slots=slots, device=device, dtype=dtype,
+            slots=slots, longest=encoder.max_tokens, device=device, dtype=dtype,
         )  # fmt: skip
         self._pass.capture()
 

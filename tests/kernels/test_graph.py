@@ -152,6 +152,16 @@ def test_small_batches_in_one_launch(device: str) -> None:
         assert close(made.run(batch), wanted(batch, table))
 
 
+def test_texts_longer_than_agreed(device: str) -> None:
+    made = make_pass(device, longest=9)
+    batch = make_batch([9, 4], 2)
+    table = torch.zeros(SLOTS, WIDTH)
+    table[:2] = vectors(batch)
+    assert close(made.run(batch), wanted(batch, table))
+    with pytest.raises(ValueError, match="length 10 is not from 1 to 9"):
+        made.run(make_batch([10], 2))
+
+
 def test_outputs_are_not_overwritten_by_the_next_pass(device: str) -> None:
     made = make_pass(device)
     first = made.run(make_batch([5], 2))
