@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from chimera_bench import machine, roofline
-from chimera_bench.report import table
 from chimera_daemon.config import ConfigError
 
 TESTBED = Path(__file__).parent / "testbed" / "predictor"
@@ -257,6 +256,8 @@ def sweep_tables(rows: Sequence[Row]) -> list[str]:
 def _table(columns: Sequence[tuple[str, Callable[[Row], str]]], rows: Sequence[Row]) -> str:
     if not rows:
         return ""
+    from chimera_bench.report import table  # numpy comes with it
+
     return table(
         [name for name, _ in columns], [[show(row) for _, show in columns] for row in rows]
     )
