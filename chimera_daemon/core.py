@@ -282,7 +282,7 @@ class Scheduler:
         live.predicted = predicted
         tokens, bound = predicted.stage_tokens_mean, live.stage.max_tokens
         live.tokens = tokens if tokens < bound else float(bound)
-        live.rank = self._policy.rank(live.stage, predicted, live.arrived_s)
+        live.rank = self._policy.rank(live.stage, predicted, live.workflow, live.arrived_s)
         live.claim = claim = predicted.remaining_tokens[1]
         view.claims += 1
         view.claimed_tokens += claim
@@ -445,6 +445,7 @@ class Scheduler:
         usage = event.usage
         workflow = live.workflow
         workflow.context_tokens = usage.prompt_tokens + usage.output_tokens
+        workflow.output_tokens += usage.output_tokens
         if len(workflow.outcomes) < _MAX_OUTCOMES:
             workflow.outcomes.append(
                 StageOutcome(live.stage.stage, live.model, usage.prompt_tokens, usage.output_tokens)
@@ -794,6 +795,10 @@ class Scheduler:
             assert live.attempts <= self._config.max_attempts
             assert (live.ticket >= 0) == (live.state is State.QUEUED)
         assert sum(len(w.live) for w in self._workflows.values()) == len(self._live)
+        for workflow in self._workflows.values():
+            remembered = sum(o.output_tokens for o in workflow.outcomes)
+            complete = len(workflow.outcomes) < _MAX_OUTCOMES
+            assert workflow.output_tokens == remembered or not complete
         assert by_state[State.UNPLACED] == set(self._unplaced)
         assert by_state[State.RUNNING] == {a.live.key for a in self._attempts.values()}
         queued = [s for m in self._models.values() for s in m.queue.items()]

@@ -12,6 +12,9 @@ from msgspec import Struct
 from chimera_daemon.config import Config
 from chimera_daemon.messages import Candidate, ModelPrediction, Prediction, Stage
 
+_QUANTUM_TOKENS = 128  # of `mlfq`: output tokens at its first level, about one stage
+_BOOST_ROUNDS = 200  # of `mlfq`: passed over so often, a stage runs before all that were not
+
 
 class Congestion(Struct, frozen=True, gc=False):
     """What a view comes down to for a stage that would join: terms of F and X below."""
@@ -58,6 +61,7 @@ class WorkflowView(Struct):
     model: str | None = None  # that ran its last stage (`paper`: that it is bound to)
     engine: str | None = None
     context_tokens: int = 0  # prompt and output of its last stage: in that engine's prefix cache
+    output_tokens: int = 0  # that its finished stages wrote
 
 
 class ClusterView(Struct):
@@ -76,14 +80,15 @@ class Choice(Struct, frozen=True, gc=False):
 
 
 Choose = Callable[[Stage, Prediction, WorkflowView, Sequence[ModelView], ClusterView], Choice]
-Rank = Callable[[Stage, ModelPrediction, float], float]
+Rank = Callable[[Stage, ModelPrediction, WorkflowView, float], float]
 
 
 class Policy(Struct, frozen=True):
     """``choose`` places a stage among models with engines; ``rank`` orders a model's queue.
 
-    ``rank(stage, prediction of the chosen model, arrival time)``: lower runs first. With
-    ``starvation_rounds`` the queue also ages by rounds, as in the paper.
+    ``rank(stage, prediction of the chosen model, workflow, arrival time)``: lower runs first. With
+    ``starvation_rounds`` the queue also ages by rounds, as in the paper: no new stage that comes so
+    many rounds (stages started) after another passes it.
     """
 
     name: str
@@ -99,23 +104,35 @@ def remaining_given(prediction: ModelPrediction, produced: int, max_tokens: int)
     The predicted distribution is taken as uniform between its quantiles, and beyond the highest up
     to half as much again; all of it that lies beyond ``max_tokens`` ends there. A stage that
     outlived all that is expected to run as long again, within ``max_tokens``.
+
+    The core asks this for every attempt in every heartbeat, so the sums over the four parts of the
+    distribution are written out: what is left of the part that ``produced`` lies in, then all later
+    ones, each with its share and its middle (times two).
     """
     if produced <= 0:
         return min(prediction.stage_tokens_mean, float(max_tokens))
     low, middle, high = prediction.stage_tokens
-    mass = tail = start = 0.0
-    for quantile, weight in ((low, 0.1), (middle, 0.4), (high, 0.4), (1.5 * high, 0.1)):
-        stop = max(start, min(quantile, float(max_tokens)))
-        if stop > produced:
-            begin = max(start, float(produced))
-            # Equal quantiles (a length known for certain) are a point of mass.
-            share = weight * (stop - begin) / (stop - start) if stop > start else weight
-            mass += share
-            tail += share * ((begin + stop) / 2 - produced)
-        start = stop
-    if mass <= 0.0:
+    top = 1.5 * high
+    if top > max_tokens:
+        top = float(max_tokens)
+        low, middle, high = min(low, top), min(middle, top), min(high, top)
+    if produced < low:
+        share = 0.1 * (low - produced) / low
+        mass = share + 0.9
+        twice = share * (produced + low) + 0.4 * (low + 2.0 * middle + high) + 0.1 * (high + top)
+    elif produced < middle:
+        share = 0.4 * (middle - produced) / (middle - low)
+        mass = share + 0.5
+        twice = share * (produced + middle) + 0.4 * (middle + high) + 0.1 * (high + top)
+    elif produced < high:
+        share = 0.4 * (high - produced) / (high - middle)
+        mass = share + 0.1
+        twice = share * (produced + high) + 0.1 * (high + top)
+    elif produced < top:
+        mass, twice = 1.0, float(produced + top)
+    else:
         return float(max(1, min(produced, max_tokens - produced)))
-    return max(1.0, tail / mass)
+    return max(1.0, 0.5 * twice / mass - produced)
 
 
 def idle_latency_s(stage: Stage, prediction: ModelPrediction, view: ModelView) -> float:
@@ -166,6 +183,10 @@ def finish_and_delay_s(
 
 
 def _chimera(config: Config) -> Policy:
+    """Ours: see `choose`. The fewest expected tokens of the rest of the workflow run first.
+
+    Starvation: what comes W / `aging_tokens_per_s` after a stage of W such tokens never passes it.
+    """
     price, aging = config.price, config.aging_tokens_per_s
 
     def choose(
@@ -192,13 +213,16 @@ def _chimera(config: Config) -> Policy:
                 best, best_score = name, score
         return Choice(best, "score", tuple(candidates))
 
-    def rank(stage: Stage, prediction: ModelPrediction, arrived_s: float) -> float:
+    def rank(
+        stage: Stage, prediction: ModelPrediction, workflow: WorkflowView, arrived_s: float
+    ) -> float:
         return prediction.remaining_tokens_mean + aging * arrived_s
 
     return Policy("chimera", choose, rank)
 
 
 def _paper(config: Config) -> Policy:
+    """Algorithm 1 of arXiv 2603.22206. Starvation: bounded by ``starvation_rounds``."""
     tau, gain = config.paper.tau, config.paper.delta_s
 
     def load_s(view: ModelView) -> float:
@@ -211,7 +235,7 @@ def _paper(config: Config) -> Policy:
         models: Sequence[ModelView],
         cluster: ClusterView,
     ) -> Choice:
-        """Algorithm 1 of arXiv 2603.22206; several engines of a model count as one larger one."""
+        """Its choice of the model. Several engines of a model count as one larger one."""
         candidates: list[Candidate] = []
         for view in models:
             q = prediction.of(view.name).confidence
@@ -228,19 +252,79 @@ def _paper(config: Config) -> Policy:
                 return Choice(candidate.model, "confident", seen)
         return Choice(fast.model, "fastest", seen)
 
-    def rank(stage: Stage, prediction: ModelPrediction, arrived_s: float) -> float:
-        return prediction.remaining_tokens[1]
-
-    return Policy(
-        "paper", choose, rank, config.paper.starvation_rounds, config.paper.service_rounds
-    )
+    paper = config.paper
+    return Policy("paper", choose, _shortest_job, paper.starvation_rounds, paper.service_rounds)
 
 
-def _first_come(stage: Stage, prediction: ModelPrediction, arrived_s: float) -> float:
-    return 0.0  # ties break by arrival
+def _to_least_loaded(
+    stage: Stage,
+    prediction: Prediction,
+    workflow: WorkflowView,
+    models: Sequence[ModelView],
+    cluster: ClusterView,
+) -> Choice:
+    """Fewest requests running and waiting per engine, as vLLM's own data-parallel balancer."""
+    view = min(models, key=lambda v: (v.running + v.waiting + v.foreign) / v.engines)
+    return Choice(view.name, "least loaded")
+
+
+def _first_come(
+    stage: Stage, prediction: ModelPrediction, workflow: WorkflowView, arrived_s: float
+) -> float:
+    """Ties break by arrival. Starvation: none, nothing is passed over."""
+    return 0.0
+
+
+def _shortest_stage(
+    stage: Stage, prediction: ModelPrediction, workflow: WorkflowView, arrived_s: float
+) -> float:
+    return prediction.stage_tokens[1]
+
+
+def _shortest_job(
+    stage: Stage, prediction: ModelPrediction, workflow: WorkflowView, arrived_s: float
+) -> float:
+    return prediction.remaining_tokens[1]
+
+
+def _feedback_level(
+    stage: Stage, prediction: ModelPrediction, workflow: WorkflowView, arrived_s: float
+) -> float:
+    """0 below one quantum, 1 below two, 2 below four, and so on."""
+    return float((workflow.output_tokens // _QUANTUM_TOKENS).bit_length())
 
 
 def _least_loaded(config: Config) -> Policy:
+    return Policy("least_loaded", _to_least_loaded, _first_come)
+
+
+def _mlfq(config: Config) -> Policy:
+    """Multi-level feedback queue: workflows that got the fewest output tokens first, in levels.
+
+    Service is counted per workflow, as in Autellix (arXiv 2502.13965), when a stage finishes; the
+    level of a stage is that of when it came. Starvation: bounded by ``_BOOST_ROUNDS``.
+    """
+    return Policy("mlfq", _to_least_loaded, _feedback_level, _BOOST_ROUNDS)
+
+
+def _ltr(config: Config) -> Policy:
+    """Learning to rank (arXiv 2408.15792): fewest predicted median tokens of the stage first.
+
+    Starvation: nothing bounds it. While shorter stages come, a long one waits.
+    """
+    return Policy("ltr", _to_least_loaded, _shortest_stage)
+
+
+def _stjf(config: Config) -> Policy:
+    """Shortest total job first: fewest predicted median tokens of the rest of the workflow.
+
+    With the truth as prediction it is the reference of arXiv 2603.22206. Starvation: nothing bounds
+    it. While shorter workflows come, a long one waits.
+    """
+    return Policy("stjf", _to_least_loaded, _shortest_job)
+
+
+def _router_only(config: Config) -> Policy:
     def choose(
         stage: Stage,
         prediction: Prediction,
@@ -248,11 +332,11 @@ def _least_loaded(config: Config) -> Policy:
         models: Sequence[ModelView],
         cluster: ClusterView,
     ) -> Choice:
-        """Fewest requests running and waiting per engine, as vLLM's own data-parallel balancer."""
-        view = min(models, key=lambda v: (v.running + v.waiting + v.foreign) / v.engines)
-        return Choice(view.name, "least loaded")
+        """Highest confidence, whatever the load."""
+        view = max(models, key=lambda v: prediction.of(v.name).confidence)
+        return Choice(view.name, "most confident")
 
-    return Policy("least_loaded", choose, _first_come)
+    return Policy("router_only", choose, _first_come)
 
 
 def _round_robin(config: Config) -> Policy:
@@ -291,6 +375,10 @@ def _static(model: str) -> Policy:
 _POLICIES: dict[str, Callable[[Config], Policy]] = {
     "chimera": _chimera,
     "paper": _paper,
+    "mlfq": _mlfq,
+    "ltr": _ltr,
+    "stjf": _stjf,
+    "router_only": _router_only,
     "least_loaded": _least_loaded,
     "round_robin": _round_robin,
 }

@@ -43,7 +43,9 @@ from chimera_daemon.messages import (
     WorkflowClosed,
     WorkflowEnded,
 )
+from chimera_daemon.policy import NAMES
 
+POLICIES = tuple(name.replace("MODEL", "small") for name in NAMES)
 PROFILE = Profile(step_s=0.01, step_per_seq_s=0.001, prefill_s_per_token=0.0001)
 
 

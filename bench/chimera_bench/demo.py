@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policies",
         metavar="A,B,...",
-        help=f"of: {', '.join(policy.NAMES)}; chimera:prior and paper:prior without the learned "
-        "predictions (default: chimera, chimera:prior, paper, least_loaded and static for the "
-        "first and the last model; with --chaos: chimera)",
+        help=f"of: {', '.join(policy.NAMES)}; those that look at predictions also "
+        "as chimera:prior, without the learned ones (default: chimera, chimera:prior, paper, "
+        "least_loaded and static for the first and the last model; with --chaos: chimera)",
     )
     parser.add_argument(
         "--workflows",

@@ -6,7 +6,7 @@ from chimera_daemon.config import Config, ConfigError
 
 _PRIOR = ":prior"
 # Policies that look at predictions; the others would only pay for them.
-_PREDICTIVE = ("chimera", "paper")
+_PREDICTIVE = ("chimera", "paper", "ltr", "stjf", "router_only")
 
 
 class Variant(Struct, frozen=True):

@@ -22,7 +22,7 @@ from chimera_daemon.messages import (
     Profile,
     WorkflowClosed,
 )
-from core_harness import PROFILE, Watched
+from core_harness import POLICIES, PROFILE, Watched
 
 ENGINES = st.sampled_from("abcd")
 MODELS = st.sampled_from(["small", "large"])
@@ -206,9 +206,7 @@ class Machine(RuleBasedStateMachine):
         assert self.watched.core.snapshot()["workflows"] == 0
 
 
-@pytest.mark.parametrize(
-    "policy", ["chimera", "paper", "least_loaded", "round_robin", "static:small"]
-)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_nothing_is_lost_or_done_twice_whatever_happens(policy: str) -> None:
     machine = type("Machine", (Machine,), {"policy": policy})
     examples = settings.default.max_examples if settings.default else 100

@@ -244,7 +244,7 @@ def test_ranks_order_by_work_less_aging_times_wait_at_any_time(
     works: tuple[float, float], arrivals: tuple[float, float], aging: float, later: float
 ) -> None:
     rank = make_policy(Config(aging_tokens_per_s=aging)).rank
-    ranks = [rank(stage(), predict(w), a) for w, a in zip(works, arrivals, strict=True)]
+    ranks = [rank(stage(), predict(w), IDLE, a) for w, a in zip(works, arrivals, strict=True)]
     now = max(arrivals) + later
     keys = [w - aging * (now - a) for w, a in zip(works, arrivals, strict=True)]
     assume(abs(keys[0] - keys[1]) > 1e-6 * (1.0 + aging * now))
@@ -491,8 +491,9 @@ def test_paper_raises_a_starved_stage_and_lowers_it_after_its_service_rounds(
 # The baselines.
 
 
-def test_least_loaded_takes_the_fewest_requests_per_engine() -> None:
-    config = Config(policy="least_loaded")
+@pytest.mark.parametrize("policy", ["least_loaded", "mlfq", "ltr", "stjf"])
+def test_least_loaded_takes_the_fewest_requests_per_engine(policy: str) -> None:
+    config = Config(policy=policy)
     views = [view("a", running=4, engines=2), view("b", running=1, waiting=2), view("c", foreign=3)]
     assert choose(config, views, prediction()).model == "a"
     views[1].waiting = 0
@@ -519,7 +520,110 @@ def test_static_waits_for_its_model_rather_than_take_another(scheduler: Make) ->
     assert dispatched(s.join("b", "large")) == [("r1", "b")]
 
 
-@pytest.mark.parametrize("policy", ["least_loaded", "round_robin", "static:small"])
-def test_baselines_serve_in_order_of_arrival(policy: str) -> None:
+@given(CLUSTERS)
+def test_router_only_takes_the_first_of_the_most_confident_whatever_the_load(
+    cluster: tuple[list[ModelView], Prediction],
+) -> None:
+    views, predicted = cluster
+    q = [predicted.of(v.name).confidence for v in views]
+    assert choose(Config(policy="router_only"), views, predicted).model == f"m{q.index(max(q))}"
+
+
+@pytest.mark.parametrize("policy", ["least_loaded", "router_only", "round_robin", "static:small"])
+def test_baselines_without_a_rank_serve_in_order_of_arrival(policy: str) -> None:
     rank = make_policy(Config(policy=policy)).rank
-    assert rank(stage(), predict(5.0), 9.0) == rank(stage(), predict(500.0), 1.0)
+    served = WorkflowView("w", "code", output_tokens=10_000)
+    assert rank(stage(), predict(5.0), IDLE, 9.0) == rank(stage(), predict(500.0), served, 1.0)
+
+
+@pytest.mark.parametrize(("policy", "first"), [("ltr", "r2"), ("stjf", "r3"), ("paper", "r3")])
+def test_ltr_ranks_by_the_stage_and_stjf_by_the_rest_of_the_workflow(
+    scheduler: Make, policy: str, first: str
+) -> None:
+    s = scheduler(policy=policy)
+    s.join()
+    s.submit()
+    s.submit(prediction(small=predict(10.0, later=9)))
+    s.submit(prediction(small=predict(50.0)))
+    assert dispatched(s.finish(1))[0][0] == first
+
+
+@pytest.mark.parametrize("policy", ["ltr", "stjf"])
+def test_ltr_and_stjf_rank_by_the_median_on_the_chosen_model(policy: str) -> None:
+    rank = make_policy(Config(policy=policy)).rank
+    low = ModelPrediction(0.5, 900.0, (1.0, 10.0, 999.0), 900.0, (1.0, 10.0, 999.0), 0.0)
+    high = ModelPrediction(0.5, 20.0, (19.0, 20.0, 21.0), 20.0, (19.0, 20.0, 21.0), 0.0)
+    assert rank(stage(), low, IDLE, 9.0) < rank(stage(), high, IDLE, 1.0)
+
+
+def rounds_waited(s: Watched, most: int) -> int:
+    """Stages of 1 token that start before the one that waits, if one comes for each that ends."""
+    (waiting,) = [key for key, seen in s.open.items() if seen.attempt_id is None]
+    for rounds in range(most):
+        s.submit(prediction(small=predict(1.0)))
+        (sent,) = of(s.finish(s.last_attempt, tokens=1), Dispatch)
+        if sent.key == waiting:
+            return rounds
+    return most
+
+
+@pytest.mark.parametrize("policy", ["ltr", "stjf"])
+def test_nothing_bounds_starvation_under_ltr_and_stjf(scheduler: Make, policy: str) -> None:
+    s = scheduler(policy=policy, reply_keep=1)
+    s.join()
+    s.submit()
+    s.submit(prediction(small=predict(2.0)))
+    assert rounds_waited(s, most=500) == 500
+
+
+# mlfq.
+
+
+@pytest.mark.parametrize(
+    ("tokens", "level"),
+    [(0, 0), (127, 0), (128, 1), (255, 1), (256, 2), (511, 2), (512, 3), (128 << 20, 21)],
+)
+def test_a_level_of_mlfq_is_twice_as_wide_as_all_before_it(tokens: int, level: int) -> None:
+    rank = make_policy(Config(policy="mlfq")).rank
+    workflow = WorkflowView("w", "code", output_tokens=tokens)
+    assert rank(stage(), predict(5.0), workflow, 1.0) == level
+
+
+def test_mlfq_puts_workflows_first_that_got_little_and_those_alike_by_arrival(
+    scheduler: Make,
+) -> None:
+    s = scheduler(policy="mlfq")
+    s.join()
+    for tokens in (600, 100, 127, 0):
+        s.submit(workflow_id=f"got{tokens}")
+        s.finish(s.last_attempt, tokens)
+    s.submit()
+    for tokens in (600, 127, 0, 100):
+        s.submit(workflow_id=f"got{tokens}", request_id=f"{tokens}", stage=1)
+    order = [dispatched(s.finish(s.last_attempt))[0][0] for _ in range(4)]
+    assert order == ["127", "0", "100", "600"]
+
+
+def test_mlfq_counts_every_finished_stage_of_a_workflow_and_no_failed_attempt(
+    scheduler: Make,
+) -> None:
+    s = scheduler(policy="mlfq")
+    s.join()
+    for number in range(257):  # more than are remembered for the predictors
+        s.submit(workflow_id="w", stage=number)
+        s.finish(s.last_attempt, tokens=1 if number < 256 else 1000)
+    (sent,) = of(s.submit(workflow_id="w", stage=257), Dispatch)
+    assert sent.priority == 4  # 1256 tokens: at least 8 quanta, fewer than 16
+    s.report("e", {sent.attempt_id: 900})
+    (again,) = of(s.fail(sent.attempt_id), Dispatch)
+    assert again.priority == 4
+
+
+def test_mlfq_lets_a_stage_be_passed_by_200_others_and_no_more(scheduler: Make) -> None:
+    s = scheduler(policy="mlfq", reply_keep=1)
+    s.join()
+    s.submit(workflow_id="w")
+    s.finish(1, tokens=5000)
+    s.submit()
+    s.submit(workflow_id="w", stage=1)
+    assert rounds_waited(s, most=1000) == 200

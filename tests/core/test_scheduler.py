@@ -27,7 +27,7 @@ from chimera_daemon.messages import (
     WorkflowClosed,
     WorkflowEnded,
 )
-from core_harness import Watched, dispatched, of, predict, prediction
+from core_harness import POLICIES, Watched, dispatched, of, predict, prediction
 
 Make = Callable[..., Watched]
 
@@ -118,7 +118,7 @@ def test_timers_close_to_each_other_share_one_wake(scheduler: Make) -> None:
 
 
 def test_ties_break_by_arrival_number(scheduler: Make) -> None:
-    for policy in ("chimera", "paper", "least_loaded", "round_robin", "static:small"):
+    for policy in POLICIES:
         s = scheduler(policy=policy)
         s.join()
         for _ in range(20):
@@ -819,7 +819,7 @@ def test_a_receipt_says_how_long_the_stage_waited(scheduler: Make) -> None:
     assert sent.receipt.queue_s == 2.0
 
 
-@pytest.mark.parametrize("policy", ["paper", "least_loaded", "round_robin", "static:small"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_receipts_name_the_policy_and_its_reason(scheduler: Make, policy: str) -> None:
     s = scheduler(policy=policy)
     s.join()
