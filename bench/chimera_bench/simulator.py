@@ -1,0 +1,648 @@
+"""A cluster in virtual time: the daemon's own scheduler core over simulated engines and clients.
+
+Owns the clock, the heap of what is to come, and the daemon's part: it turns answers, heartbeats,
+timers and faults into events for `Scheduler.handle` and carries the actions out. It decides
+nothing, reads no clock and draws nothing at random: equal input gives equal output to the last bit.
+What engines do is `sim_engine`'s part; what tasks need and what is predicted comes from the caller.
+
+What a workflow needs depends on the model: each has its own `Run` of the task. A stage takes from
+the run of the model that serves it; the last stage of that run ends the workflow. Where a workflow
+changes models it goes on at the same stage number of the other's run, or at its last.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from heapq import heappop, heappush
+from itertools import count, pairwise
+from math import inf, isfinite
+from random import Random
+from typing import Any, assert_never
+
+from msgspec import Struct, field
+
+from chimera_bench.sim_engine import EngineProfile, SimEngine
+from chimera_daemon.config import Config
+from chimera_daemon.core import Scheduler
+from chimera_daemon.messages import (
+    AbortAttempt,
+    Action,
+    Attach,
+    AttemptFailed,
+    AttemptFinished,
+    Dispatch,
+    EngineLost,
+    EngineRegistered,
+    EngineReported,
+    Event,
+    Fail,
+    Forget,
+    Prediction,
+    Profile,
+    Reject,
+    Replay,
+    Reply,
+    Stage,
+    StageKey,
+    StageSubmitted,
+    Usage,
+    WakeAt,
+    Woke,
+    WorkflowClosed,
+    WorkflowEnded,
+)
+from chimera_daemon.prior import Predictor
+
+_CLIENT = b"simulator"
+_BYTES_PER_TOKEN = 4
+
+Predict = Callable[[Stage], Prediction]
+
+
+class EngineSetup(Struct, frozen=True, forbid_unknown_fields=True):
+    """An engine of the cluster. What it says of itself may differ from what it is."""
+
+    name: str
+    model: str
+    profile: EngineProfile
+    max_inflight: int | None = None  # attempts that the core may give it; None: its slots
+    believed: Profile | None = None  # None: what measuring it would give
+
+
+class StageTruth(Struct, frozen=True, forbid_unknown_fields=True):
+    """A stage as one model does it, and what lies between it and the next one."""
+
+    output_tokens: int
+    new_tokens: int = 0  # that join the context before the next stage: what the tool says
+    gap_s: float = 0.0  # until the client submits the next stage
+    keeps_context: bool = True  # else the next prompt is the new tokens alone
+    verdict: float | None = None  # what the client says of this stage's answer
+
+
+class Run(Struct, frozen=True, forbid_unknown_fields=True):
+    """A task as one model does it from beginning to end."""
+
+    stages: tuple[StageTruth, ...]
+    success: float | None = None  # 0 to 1
+
+
+class Workflow(Struct, frozen=True, forbid_unknown_fields=True):
+    """A workflow to come, with a run for every model of the cluster."""
+
+    workflow_id: str
+    arrival_s: float
+    prompt_tokens: int  # of its first stage
+    runs: dict[str, Run]
+    kind: str = ""
+    max_tokens: int = 1024  # of every stage
+
+
+Outcome = Callable[[Workflow, Sequence[str]], float | None]
+
+
+class Fault(Struct, frozen=True, forbid_unknown_fields=True):
+    """An engine dies with all its work and may come back empty."""
+
+    engine: str
+    killed_s: float
+    back_s: float = inf
+    noticed_s: float = 0.0  # from its death until the daemon knows
+
+
+class StageRecord(Struct):
+    """What became of a stage; models and times are those of the attempt that answered."""
+
+    stage: int
+    submitted_s: float
+    prompt_tokens: int
+    model: str = ""
+    engine: str = ""
+    attempts: int = 0
+    dispatched_s: float = -1.0
+    started_s: float = -1.0  # in a slot of the engine, after its own queue
+    finished_s: float = -1.0
+    output_tokens: int = 0
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds in queues: the core's, the engine's, and attempts lost."""
+        return self.started_s - self.submitted_s
+
+
+class WorkflowRecord(Struct):
+    """What became of a workflow. ``error`` is why it has no outcome; empty: it has run through."""
+
+    workflow_id: str
+    kind: str
+    arrival_s: float
+    finish_s: float = -1.0
+    success: float | None = None
+    error: str = ""
+    stages: list[StageRecord] = field(default_factory=list[StageRecord])
+
+    @property
+    def latency_s(self) -> float:
+        """From arrival to the last answer, gaps included."""
+        return self.finish_s - self.arrival_s
+
+    @property
+    def output_tokens(self) -> int:
+        """Of all answered stages."""
+        return sum(stage.output_tokens for stage in self.stages)
+
+    @property
+    def models(self) -> list[str]:
+        """The model of each answered stage."""
+        return [stage.model for stage in self.stages if stage.finished_s >= 0.0]
+
+
+class EngineRecord(Struct):
+    """What an engine has done, its incarnations together."""
+
+    name: str
+    model: str
+    busy_s: float = 0.0
+    utilisation: float = 0.0  # busy seconds / seconds of the whole simulation
+    attempts: int = 0  # that were given a slot, each time
+    preemptions: int = 0
+    output_tokens: int = 0
+    prefilled_tokens: int = 0
+    cached_tokens: int = 0
+    peak_running: int = 0
+    peak_kv: int = 0
+
+
+class Result(Struct):
+    """The outcome of a simulation; workflows in the order of their input."""
+
+    workflows: list[WorkflowRecord]
+    engines: list[EngineRecord]
+    span_s: float  # virtual seconds, from 0 to the end of the last workflow
+    core_events: int  # calls of `Scheduler.handle`
+    engine_events: int  # see `SimEngine.events`
+    counters: dict[str, int]  # of the core
+
+    @property
+    def longest_wait_s(self) -> float:
+        """Of any answered stage."""
+        waits = (s.wait_s for w in self.workflows for s in w.stages if s.finished_s >= 0.0)
+        return max(waits, default=0.0)
+
+
+def mean_outcome(workflow: Workflow, models: Sequence[str]) -> float | None:
+    """Success of a workflow whose stages these models ran: the mean over stages of their runs'.
+
+    Nobody has seen a mixed run. This is as if the model of a stage drawn at random decided, so
+    that a last stage on a good model does not redeem the others.
+    """
+    total = 0.0
+    for model in models:
+        success = workflow.runs[model].success
+        if success is None:
+            return None
+        total += success
+    return total / len(models)
+
+
+def poisson_arrivals(rate_per_s: float, number: int, seed: int) -> list[float]:
+    """Arrival times of a Poisson process from 0 on; equal seeds give equal times."""
+    if not (isfinite(rate_per_s) and rate_per_s > 0.0):
+        raise ValueError(f"the arrival rate must be more than 0 per second, not {rate_per_s}")
+    draw, now, times = Random(seed), 0.0, list[float]()
+    for _ in range(number):
+        now += draw.expovariate(rate_per_s)
+        times.append(now)
+    return times
+
+
+def simulate(
+    config: Config,
+    engines: Sequence[EngineSetup],
+    workflows: Sequence[Workflow],
+    predict: Predict,
+    *,
+    observers: Sequence[Predictor] = (),
+    faults: Sequence[Fault] = (),
+    outcome: Outcome = mean_outcome,
+    watch: Callable[[Scheduler, Iterable[SimEngine]], None] | None = None,
+) -> Result:
+    """Run all workflows to their ends under the policy of the configuration.
+
+    ``predict`` is asked before a stage enters the core; ``observers`` are told what the daemon
+    tells its predictors. ``watch`` sees the core and all engines after every event, for checks.
+    Messages and predictions take no time, and stages do not stream. Raises `ValueError` for input
+    that makes no sense, naming the place.
+    """
+    _check_engines(engines)
+    _check_policy(config.policy, engines)
+    _check_workflows(workflows, engines)
+    _check_faults(faults, engines)
+    return _Simulation(config, engines, workflows, predict, observers, outcome, watch).run(faults)
+
+
+class _Host:
+    """An engine host, as daemon and engine see it; the engine is new after every death."""
+
+    __slots__ = ("setup", "engine", "incarnation", "alive", "known", "expected_s", "record")
+
+    def __init__(self, setup: EngineSetup) -> None:
+        self.setup = setup
+        self.engine = SimEngine(setup.profile)
+        self.incarnation = 0
+        self.alive = False
+        self.known = False  # to the core
+        self.expected_s = inf  # the leap's end that is in the heap
+        self.record = EngineRecord(setup.name, setup.model)
+
+
+class _Flow:
+    """A workflow under way."""
+
+    __slots__ = ("truth", "record", "context", "shared", "prefix")
+
+    def __init__(self, truth: Workflow) -> None:
+        self.truth = truth
+        self.record = WorkflowRecord(truth.workflow_id, truth.kind, truth.arrival_s)
+        self.context = truth.prompt_tokens  # of the next stage
+        self.shared = 0  # of it, tokens that were the context of the last stage
+        self.prefix = truth.workflow_id  # names the context; another one, another name
+
+
+class _Attempt:
+    """A stage at an engine."""
+
+    __slots__ = ("flow", "truth", "host", "dispatched_s", "attempts")
+
+    def __init__(
+        self, flow: _Flow, truth: StageTruth, host: _Host, dispatched_s: float, attempts: int
+    ) -> None:
+        self.flow = flow
+        self.truth = truth
+        self.host = host
+        self.dispatched_s = dispatched_s
+        self.attempts = attempts
+
+
+class _Simulation:
+    """One run. The heap holds (time, number, what to call, with what)."""
+
+    def __init__(
+        self,
+        config: Config,
+        engines: Sequence[EngineSetup],
+        workflows: Sequence[Workflow],
+        predict: Predict,
+        observers: Sequence[Predictor],
+        outcome: Outcome,
+        watch: Callable[[Scheduler, Iterable[SimEngine]], None] | None,
+    ) -> None:
+        self._core = Scheduler(config)
+        self._beat_s = config.heartbeat_s
+        self._predict = predict
+        self._observers = observers
+        self._outcome = outcome
+        self._watch = watch
+        self._now = 0.0
+        self._numbers = count()
+        self._heap: list[tuple[float, int, Callable[[Any], None], Any]] = []
+        self._hosts = {setup.name: _Host(setup) for setup in engines}
+        self._flows = [_Flow(workflow) for workflow in workflows]
+        self._left = len(self._flows)
+        self._stages: dict[StageKey, tuple[_Flow, Stage]] = {}
+        self._attempts: dict[int, _Attempt] = {}
+        self._touched: list[_Host] = []  # with a leap to plan at this instant
+        self._events: deque[Event] = deque()
+        self._answering: tuple[_Attempt, float] | None = None  # with the time it got its slot
+        self._wake_s = inf
+        self._core_events = 0
+        self._engine_events = 0
+
+    def run(self, faults: Sequence[Fault]) -> Result:
+        """Until every workflow has ended."""
+        for number, host in enumerate(self._hosts.values()):
+            self._join(host)
+            # Engines start at different times; their heartbeats do not come together.
+            self._at(self._beat_s * number / len(self._hosts), self._beat, host)
+        for fault in faults:
+            self._at(fault.killed_s, self._kill, fault)
+        for flow in self._flows:
+            self._at(flow.truth.arrival_s, self._submit, flow)
+        heap, touched = self._heap, self._touched
+        while self._left:
+            self._now, _, act, argument = heappop(heap)
+            act(argument)
+            while touched:
+                self._settle(touched.pop())
+        assert not self._stages, "a stage has neither answer nor error"
+        assert not self._attempts, "an attempt outlives its workflow"
+        for host in self._hosts.values():
+            self._count(host)
+            host.record.utilisation = host.record.busy_s / self._now if self._now else 0.0
+        return Result(
+            [flow.record for flow in self._flows],
+            [host.record for host in self._hosts.values()],
+            self._now,
+            self._core_events,
+            self._engine_events,
+            dict(self._core.counters),
+        )
+
+    def _at(self, at_s: float, act: Callable[[Any], None], argument: Any) -> None:
+        heappush(self._heap, (at_s, next(self._numbers), act, argument))
+
+    # The daemon's part: events in, actions out.
+
+    def _feed(self, event: Event) -> None:
+        """Hand an event to the core and act; what its actions bring about comes after them."""
+        events = self._events
+        while True:
+            self._core_events += 1
+            for action in self._core.handle(event, self._now):
+                self._act(action)
+            if self._watch is not None:
+                self._watch(self._core, [host.engine for host in self._hosts.values()])
+            if not events:
+                return
+            event = events.popleft()
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case Dispatch():
+                self._dispatch(action)
+            case Reply():
+                self._answered(action)
+            case Forget():
+                pass
+            case WakeAt():
+                self._wake_s = action.at
+                self._at(action.at, self._wake, action.at)
+            case WorkflowEnded():
+                for observer in self._observers:
+                    observer.observe_workflow(action)
+            case AbortAttempt():
+                attempt = self._attempts.pop(action.attempt_id)
+                attempt.host.engine.cancel(self._now, action.attempt_id)
+                self._touched.append(attempt.host)
+            case Fail() | Reject():
+                flow, _ = self._stages.pop(action.key)
+                flow.record.error = action.code
+                self._end(flow, None)
+            case Attach() | Replay():
+                raise AssertionError("no request is repeated here")
+            case _:
+                assert_never(action)
+
+    def _wake(self, at_s: float) -> None:
+        if at_s == self._wake_s:
+            self._wake_s = inf
+            self._feed(Woke())
+
+    # Clients.
+
+    def _submit(self, flow: _Flow) -> None:
+        truth, stages = flow.truth, flow.record.stages
+        number, prompt = len(stages), flow.context
+        stages.append(StageRecord(number, self._now, prompt))
+        stage = Stage(
+            _CLIENT,
+            f"{truth.workflow_id}/{number}",
+            truth.workflow_id,
+            number,
+            truth.kind,
+            None,
+            prompt,
+            truth.max_tokens,
+            prompt * _BYTES_PER_TOKEN,
+            number,
+        )
+        self._stages[stage.key] = flow, stage
+        self._feed(StageSubmitted(stage, self._predict(stage)))
+
+    def _answered(self, reply: Reply) -> None:
+        """A stage has its answer: its client goes on to the next one or ends the workflow."""
+        assert self._answering is not None
+        attempt, started_s = self._answering
+        flow, stage = self._stages.pop(reply.key)
+        assert flow is attempt.flow
+        truth, record, model = attempt.truth, flow.record.stages[-1], reply.receipt.model
+        assert record.finished_s < 0.0, "a stage was answered twice"
+        record.model, record.engine = model, reply.engine_id
+        record.attempts = attempt.attempts
+        record.dispatched_s, record.started_s = attempt.dispatched_s, started_s
+        record.finished_s, record.output_tokens = self._now, truth.output_tokens
+        for observer in self._observers:
+            observer.observe_stage(
+                stage, model, Usage(stage.prompt_tokens, truth.output_tokens), None
+            )
+            if truth.verdict is not None:
+                observer.observe_feedback(stage.workflow_id, stage.stage, truth.verdict)
+        if len(flow.record.stages) >= len(flow.truth.runs[model].stages):
+            self._end(flow, self._outcome(flow.truth, flow.record.models))
+            return
+        if truth.keeps_context:
+            flow.shared = stage.prompt_tokens + truth.output_tokens
+        else:
+            flow.shared, flow.prefix = 0, f"{stage.workflow_id}/{len(flow.record.stages)}"
+        flow.context = flow.shared + truth.new_tokens
+        self._at(self._now + truth.gap_s, self._submit, flow)
+
+    def _end(self, flow: _Flow, success: float | None) -> None:
+        record = flow.record
+        assert record.finish_s < 0.0, "a workflow has ended twice"
+        record.finish_s, record.success = self._now, success
+        self._left -= 1
+        self._events.append(WorkflowClosed(record.workflow_id, success))
+
+    # Engines.
+
+    def _join(self, host: _Host) -> None:
+        host.alive = host.known = True
+        host.incarnation += 1
+        setup = host.setup
+        for observer in self._observers:
+            observer.add_model(setup.model)
+        self._feed(
+            EngineRegistered(
+                setup.name,
+                host.incarnation,
+                setup.model,
+                setup.max_inflight or setup.profile.slots,
+                setup.profile.context_tokens,
+                setup.believed or setup.profile.believed(),
+            )
+        )
+
+    def _dispatch(self, action: Dispatch) -> None:
+        flow, stage = self._stages[action.key]
+        host = self._hosts[action.engine_id]
+        script = flow.truth.runs[action.receipt.model].stages
+        truth = script[min(stage.stage, len(script) - 1)]
+        attempt_id, now = action.attempt_id, self._now
+        self._attempts[attempt_id] = _Attempt(flow, truth, host, now, action.receipt.attempts)
+        if not host.alive:
+            return  # the daemon will hear of it
+        prompt, output = stage.prompt_tokens, truth.output_tokens
+        refusal = host.setup.profile.refusal(prompt, output)
+        if refusal:
+            self._events.append(AttemptFailed(attempt_id, "bad_request", refusal, False))
+            return
+        host.engine.submit(
+            now, attempt_id, action.priority, prompt, output, flow.prefix, flow.shared
+        )
+        self._touched.append(host)
+
+    def _settle(self, host: _Host) -> None:
+        """Let the engine go on, and expect the end of its leap."""
+        engine = host.engine
+        engine.settle(self._now)
+        if engine.ends_s != host.expected_s:
+            host.expected_s = engine.ends_s
+            if engine.ends_s < inf:
+                self._at(engine.ends_s, self._leaped, host)
+
+    def _leaped(self, host: _Host) -> None:
+        """A leap has ended, unless it was shortened or the engine died meanwhile."""
+        engine, now = host.engine, self._now
+        if engine.ends_s != now or not host.alive:
+            return
+        attempts = self._attempts
+        for finished in engine.complete():
+            attempt_id = finished.attempt_id
+            attempt = attempts.pop(attempt_id)
+            prompt = attempt.flow.record.stages[-1].prompt_tokens
+            tokens = finished.output_tokens
+            self._answering = attempt, finished.started_s
+            usage = Usage(prompt, tokens)
+            self._feed(AttemptFinished(attempt_id, usage, tokens * _BYTES_PER_TOKEN))
+        self._touched.append(host)
+
+    def _beat(self, host: _Host) -> None:
+        if host.alive:
+            stats, progress = host.engine.report(self._now)
+            self._feed(EngineReported(host.setup.name, host.incarnation, stats, progress))
+        self._at(self._now + self._beat_s, self._beat, host)
+
+    def _kill(self, fault: Fault) -> None:
+        host = self._hosts[fault.engine]
+        self._count(host)
+        host.engine = SimEngine(host.setup.profile)
+        host.expected_s = inf
+        host.alive = False
+        if fault.back_s < inf:
+            self._at(fault.back_s, self._restart, host)
+        self._at(self._now + fault.noticed_s, self._notice, (host, host.incarnation))
+
+    def _notice(self, whose: tuple[_Host, int]) -> None:
+        """The daemon takes the engine for lost, unless it did so because another one came."""
+        host, incarnation = whose
+        if host.incarnation != incarnation or not host.known:
+            return
+        host.known = False
+        for attempt_id in [a for a, attempt in self._attempts.items() if attempt.host is host]:
+            del self._attempts[attempt_id]
+        self._feed(EngineLost(host.setup.name, incarnation, "killed by plan"))
+
+    def _restart(self, host: _Host) -> None:
+        self._notice((host, host.incarnation))
+        self._join(host)
+
+    def _count(self, host: _Host) -> None:
+        """Add what an engine has done to its record, for good."""
+        engine, record = host.engine, host.record
+        record.busy_s += engine.busy_s
+        record.attempts += engine.admissions
+        record.preemptions += engine.preemptions
+        record.output_tokens += engine.output_tokens
+        record.prefilled_tokens += engine.prefilled_tokens
+        record.cached_tokens += engine.cached_tokens
+        record.peak_running = max(record.peak_running, engine.peak_running)
+        record.peak_kv = max(record.peak_kv, engine.peak_kv)
+        self._engine_events += engine.events
+
+
+# Bad input.
+
+
+def _check_engines(engines: Sequence[EngineSetup]) -> None:
+    if not engines:
+        raise ValueError("the cluster has no engine")
+    for name, times in Counter(setup.name for setup in engines).items():
+        if times > 1:
+            raise ValueError(f"engine {name!r}: the name is used {times} times")
+    for setup in engines:
+        if setup.max_inflight is not None and setup.max_inflight < 1:
+            raise ValueError(f"engine {setup.name!r}: `max_inflight` must be at least 1")
+
+
+def _check_policy(policy: str, engines: Sequence[EngineSetup]) -> None:
+    """The core knows the names of policies, but not which models its engines will serve."""
+    model = policy.removeprefix("static:")
+    models = sorted({setup.model for setup in engines})
+    if model != policy and model not in models:
+        raise ValueError(
+            f"policy {policy!r}: no engine serves {model!r}; there are: {', '.join(models)}"
+        )
+
+
+def _check_workflows(workflows: Sequence[Workflow], engines: Sequence[EngineSetup]) -> None:
+    if not workflows:
+        raise ValueError("there is no workflow to simulate")
+    seen = set[str]()
+    good = set[tuple[int, int]]()  # runs are shared by the repetitions of a task
+    for number, workflow in enumerate(workflows):
+        where = f"workflow {number} ({workflow.workflow_id!r})"
+        if workflow.workflow_id in seen:
+            raise ValueError(f"{where}: the id is used twice")
+        seen.add(workflow.workflow_id)
+        if not (isfinite(workflow.arrival_s) and workflow.arrival_s >= 0.0):
+            raise ValueError(f"{where}: `arrival_s` must be 0 or more, not {workflow.arrival_s}")
+        if workflow.prompt_tokens < 1:
+            raise ValueError(f"{where}: `prompt_tokens` must be at least 1")
+        for setup in engines:
+            if setup.model not in workflow.runs:
+                raise ValueError(
+                    f"{where}: no run of model {setup.model!r}, which engine {setup.name!r} serves"
+                )
+        for model, run in workflow.runs.items():
+            checked = (id(run), workflow.max_tokens)
+            if checked not in good:
+                _check_run(run, workflow.max_tokens, f"{where}, model {model!r}")
+                good.add(checked)
+
+
+def _check_run(run: Run, max_tokens: int, where: str) -> None:
+    if not run.stages:
+        raise ValueError(f"{where}: the run has no stage")
+    if run.success is not None and not 0.0 <= run.success <= 1.0:
+        raise ValueError(f"{where}: `success` must be from 0 to 1, not {run.success}")
+    for number, stage in enumerate(run.stages):
+        place = f"{where}, stage {number}"
+        if not 1 <= stage.output_tokens <= max_tokens:
+            raise ValueError(
+                f"{place}: {stage.output_tokens} output tokens; from 1 to {max_tokens} are possible"
+            )
+        if not stage.gap_s >= 0.0 or stage.gap_s == inf:
+            raise ValueError(
+                f"{place}: the next stage begins {stage.gap_s} s after its end; stages that "
+                "overlap cannot be simulated"
+            )
+        if stage.new_tokens < 0 or not (stage.keeps_context or stage.new_tokens):
+            raise ValueError(f"{place}: the next stage would have {stage.new_tokens} new tokens")
+
+
+def _check_faults(faults: Sequence[Fault], engines: Sequence[EngineSetup]) -> None:
+    names = [setup.name for setup in engines]
+    for fault in faults:
+        if fault.engine not in names:
+            raise ValueError(f"fault: no engine {fault.engine!r}; there are: {', '.join(names)}")
+        if not (0.0 <= fault.killed_s < fault.back_s and 0.0 <= fault.noticed_s < inf):
+            raise ValueError(
+                f"fault of engine {fault.engine!r}: killed at {fault.killed_s}, back at "
+                f"{fault.back_s}, noticed after {fault.noticed_s} s"
+            )
+    for name in names:
+        of_it = sorted((f for f in faults if f.engine == name), key=lambda f: f.killed_s)
+        for before, after in pairwise(of_it):
+            if after.killed_s <= before.back_s:
+                raise ValueError(
+                    f"fault of engine {name!r}: killed at {after.killed_s} s while it is gone"
+                )
