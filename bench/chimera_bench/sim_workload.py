@@ -1,0 +1,594 @@
+"""What the simulator is given: tasks, when they arrive, and how much of it a cluster can take.
+
+Tasks come from trace folders (docs/traces.md), with a run for every model of the cluster, or are
+made up in the shapes of the paper. Owns the halves that knobs are chosen and reported on, and the
+definition of capacity. Knows no policy and no prediction; all of it follows from its seeds.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from math import inf, isfinite
+from pathlib import Path
+from random import Random
+from statistics import NormalDist, median
+from typing import Literal, NamedTuple
+
+import numpy as np
+from msgspec import Struct
+
+from chimera_bench.simulator import EngineSetup, Run, StageTruth, Workflow, poisson_arrivals
+from chimera_predictors.traces import Traces, TracesError, read_traces
+
+Half = Literal["tune", "test"]
+
+_BYTES_PER_TOKEN = 4
+_MIN_MAX_TOKENS = 256
+
+
+# Tasks.
+
+
+class Task(Struct, frozen=True, forbid_unknown_fields=True):
+    """A task with one run per model. Texts are for predictions; the simulator needs none."""
+
+    task_id: str
+    kind: str
+    prompt_tokens: int  # of the first stage
+    runs: dict[str, Run]
+    text: str = ""
+    new_texts: dict[str, tuple[str, ...]] = {}  # per model, of each stage of its run
+
+
+class Gaps(Struct, frozen=True, forbid_unknown_fields=True):
+    """How long tools take between stages: lognormal, one draw per task and stage number.
+
+    All models share the draw, so that it adds no difference between them. Traces of agents rarely
+    have times; the defaults are an assumption.
+    """
+
+    mean_s: float = 1.0
+    sigma: float = 1.0  # standard deviation of the logarithm
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.mean_s) and self.mean_s >= 0.0):
+            raise ValueError(f"`mean_s` of the tool gaps must be 0 or more, not {self.mean_s}")
+        if not (isfinite(self.sigma) and self.sigma >= 0.0):
+            raise ValueError(f"`sigma` of the tool gaps must be 0 or more, not {self.sigma}")
+
+    def draw(self, task_id: str, stage: int) -> float:
+        """Seconds between the end of this stage and the beginning of the next one."""
+        if not self.mean_s:
+            return 0.0
+        normal = Random(f"gap {self.seed} {stage} {task_id}").gauss(0.0, self.sigma)
+        return self.mean_s * math.exp(normal - 0.5 * self.sigma**2)
+
+
+class TaskSet(Struct, frozen=True, forbid_unknown_fields=True):
+    """The tasks that every model of the cluster has run, and what could not be used."""
+
+    tasks: tuple[Task, ...]
+    left_out: int = 0  # tasks without a usable run of each model
+    lacking: dict[str, int] = {}  # model -> those of them that lack its run
+    unusable: dict[str, int] = {}  # why -> workflows
+
+
+class _Key(NamedTuple):
+    """Runs of one task under different programs are different tasks."""
+
+    task_id: str
+    kind: str
+
+
+def read_tasks(folder: Path, models: Sequence[str], gaps: Gaps | None = None) -> TaskSet:
+    """Tasks of a trace folder for these models; see `tasks_of`. Raises `ValueError`."""
+    return tasks_of(read_traces(folder), models, gaps, str(folder))
+
+
+def tasks_of(
+    traces: Traces, models: Sequence[str], gaps: Gaps | None = None, where: str = "the traces"
+) -> TaskSet:
+    """Tasks with the runs of these models exactly as recorded, in the order of their ids.
+
+    A run counts if one model did all of it and every stage is there with its length; of several of
+    one task and model, the first by workflow id. Output and new tokens of every stage are the
+    recorded ones; as a workflow begins before it has a model, its first prompt is the median over
+    its runs, which differ by what their tokenizers make of one text. Unknown prompt sizes are
+    estimated from texts. Raises `ValueError` where no workflow is by one of the models, naming
+    ``where`` and the model, and where no task is left.
+    """
+    wanted = list(dict.fromkeys(models))
+    if not wanted:
+        raise ValueError("the cluster serves no model")
+    for model in wanted:
+        if model not in traces.models:
+            raise ValueError(
+                f"{where}: no workflow by model {model!r}, which the cluster serves; "
+                f"there are: {', '.join(traces.models)}"
+            )
+    found, unusable = _runs_by_task(traces, wanted, gaps or Gaps())
+    lacking = Counter[str]()
+    tasks: list[Task] = []
+    for key in sorted(found):
+        runs = found[key]
+        missing = [model for model in wanted if model not in runs]
+        lacking.update(missing)
+        if not missing:
+            tasks.append(_task(key, {model: runs[model] for model in wanted}))
+    if not tasks:
+        lack = ", ".join(f"{model} in {number}" for model, number in sorted(lacking.items()))
+        why = "; unusable: " + ", ".join(f"{w} ({n})" for w, n in sorted(unusable.items()))
+        raise ValueError(
+            f"{where}: none of {len(found)} tasks has a usable run of each model; lacking: {lack}"
+            + (why if unusable else "")
+        )
+    return TaskSet(tuple(tasks), len(found) - len(tasks), dict(lacking), dict(unusable))
+
+
+class _Recorded(NamedTuple):
+    """One usable run."""
+
+    prompt_tokens: int  # of its first stage
+    run: Run
+    text: str
+    new_texts: tuple[str, ...]
+
+
+def _runs_by_task(
+    traces: Traces, wanted: Sequence[str], gaps: Gaps
+) -> tuple[dict[_Key, dict[str, _Recorded]], Counter[str]]:
+    found: dict[_Key, dict[str, _Recorded]] = {}
+    unusable = Counter[str]()
+    for rows in _workflows(traces):
+        key = _Key(traces.task_ids[int(traces.task[rows[0]])], str(traces.kind[rows[0]]))
+        runs = found.setdefault(key, {})
+        model = traces.models[int(traces.model[rows[0]])]
+        if complaint := _complaint(traces, rows):
+            unusable[complaint] += 1
+        elif model in runs:
+            unusable["another run of the same task and model"] += 1
+        elif model in wanted:
+            runs[model] = _recorded(traces, rows, key, gaps)
+    return found, unusable
+
+
+def _workflows(traces: Traces) -> Iterator[range]:
+    """Rows of each workflow."""
+    starts = [0, *(np.flatnonzero(np.diff(traces.workflow)) + 1).tolist(), len(traces)]
+    for start, end in zip(starts[:-1], starts[1:], strict=True):
+        yield range(start, end)
+
+
+def _complaint(traces: Traces, rows: range) -> str:
+    """Why a workflow is no run that can be replayed; empty if it is."""
+    at = slice(rows.start, rows.stop)
+    if len(set(traces.model[at].tolist())) > 1:
+        return "changes models"
+    if traces.stage[at].tolist() != list(range(int(traces.n_stages[rows.start]))):
+        return "stages are missing"
+    if np.isnan(traces.output_tokens[at]).any():
+        return "output tokens are unknown"
+    return ""
+
+
+def _recorded(traces: Traces, rows: range, key: _Key, gaps: Gaps) -> _Recorded:
+    at = slice(rows.start, rows.stop)
+    texts = tuple(traces.new_text[at])
+    outputs = [max(1, round(tokens)) for tokens in traces.output_tokens[at].tolist()]
+    prompts = _prompts(traces.prompt_tokens[at].tolist(), outputs, texts)
+    stages: list[StageTruth] = []
+    for number, (row, output) in enumerate(zip(rows, outputs, strict=True)):
+        verdict = float(traces.verdict[row])
+        judged = None if math.isnan(verdict) else verdict
+        if number + 1 == len(rows):
+            stages.append(StageTruth(output, verdict=judged))
+            break
+        # A context smaller than the prompt before was rewritten, and nothing of it can be reused.
+        # One that lacks a part of the last answer is an estimate of tokens that was off.
+        keeps = prompts[number + 1] >= prompts[number]
+        known = prompts[number] + output if keeps else 0
+        new = max(0, prompts[number + 1] - known)
+        stages.append(StageTruth(output, new, gaps.draw(key.task_id, number), keeps, judged))
+    success = float(traces.success[rows.start])
+    run = Run(tuple(stages), None if math.isnan(success) else success)
+    return _Recorded(prompts[0], run, traces.workflow_text[int(traces.workflow[rows.start])], texts)
+
+
+def _prompts(recorded: Sequence[int], outputs: Sequence[int], texts: Sequence[str]) -> list[int]:
+    """Tokens of each stage's context; those not known (0) from the text that comes in new."""
+    prompts: list[int] = []
+    before = 0
+    for prompt, output, text in zip(recorded, outputs, texts, strict=True):
+        new = -(-len(text.encode("utf-8", "replace")) // _BYTES_PER_TOKEN)
+        prompts.append(prompt or max(1, before + new))
+        before = prompts[-1] + output
+    return prompts
+
+
+def _task(key: _Key, recorded: Mapping[str, _Recorded]) -> Task:
+    return Task(
+        key.task_id,
+        key.kind,
+        round(median(each.prompt_tokens for each in recorded.values())),
+        {model: each.run for model, each in recorded.items()},
+        next(iter(recorded.values())).text,
+        {model: each.new_texts for model, each in recorded.items()},
+    )
+
+
+def verdicts_from_texts(traces: Traces, wrong: str) -> Traces:
+    """The same traces, with verdict 0 on each stage that the next one's new text calls wrong.
+
+    For folders without verdicts whose tools say so in words: ``wrong`` is how such a text begins.
+    Verdicts that are there stay. Use it before training and before `tasks_of`, so that both know
+    the same.
+    """
+    verdict = traces.verdict.copy()
+    workflow, stage = traces.workflow.tolist(), traces.stage.tolist()
+    for row in range(len(traces) - 1):
+        follows = workflow[row + 1] == workflow[row] and stage[row + 1] == stage[row] + 1
+        if follows and math.isnan(verdict[row]) and traces.new_text[row + 1].startswith(wrong):
+            verdict[row] = 0.0
+    return replace(traces, verdict=verdict)
+
+
+def half(traces: Traces, tasks: Sequence[Task], which: Half) -> list[Task]:
+    """Tasks of one half: "tune" to choose by, "test" to report on.
+
+    Sides are those of `Traces.holdout`: they depend on a task's text alone, and tasks of one text
+    are never torn apart. Raises `TracesError` where one half is empty.
+    """
+    held = traces.holdout(0.5)
+    tested = {traces.task_ids[code] for code in set(traces.task[held].tolist())}
+    chosen = [task for task in tasks if (task.task_id in tested) == (which == "test")]
+    if not chosen:
+        raise TracesError(f"no task falls into the half {which!r}; add traces of other tasks")
+    return chosen
+
+
+class Sample(Struct, frozen=True, forbid_unknown_fields=True):
+    """Workflows to simulate, and the task of each, by its id."""
+
+    workflows: list[Workflow]
+    tasks: dict[str, Task]
+
+
+def sample(tasks: Sequence[Task], arrivals_s: Sequence[float], seed: int) -> Sample:
+    """Workflows that do tasks drawn at random at these times.
+
+    No task comes twice while there are enough; else they are drawn with replacement. The draw does
+    not depend on the times. Every stage may be as long as the longest of ``tasks``, up to the next
+    power of two.
+    """
+    if not tasks:
+        raise ValueError("there is no task to sample from")
+    draw, number = Random(f"tasks {seed}"), len(arrivals_s)
+    drawn = draw.sample(tasks, number) if number <= len(tasks) else draw.choices(tasks, k=number)
+    longest = max(s.output_tokens for t in tasks for run in t.runs.values() for s in run.stages)
+    bound = max(_MIN_MAX_TOKENS, 1 << (longest - 1).bit_length())
+    workflows = [
+        Workflow(str(n), at, task.prompt_tokens, task.runs, task.kind, bound)
+        for n, (at, task) in enumerate(zip(arrivals_s, drawn, strict=True))
+    ]
+    return Sample(workflows, {w.workflow_id: t for w, t in zip(workflows, drawn, strict=True)})
+
+
+# Work and capacity.
+
+
+class Work(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a workflow asks of one model in the mean over tasks, if that does all of it."""
+
+    stages: float
+    prompt_tokens: float  # of all stages, contexts read again and again
+    new_prompt_tokens: float  # of them, not part of the context of the stage before
+    output_tokens: float
+    held_tokens: float  # that a decoding sequence holds in memory, in the mean over its time
+    gap_s: float
+    success: float | None  # None: not known of every run
+
+
+def contexts(prompt_tokens: int, stages: Sequence[StageTruth]) -> Iterator[tuple[int, int]]:
+    """(tokens of the prompt, of these part of the stage before's context) for each of the stages.
+
+    The simulator's rule: a context grows by the answer and by what is new, or is rewritten.
+    """
+    shared = 0
+    for stage in stages:
+        yield prompt_tokens, shared
+        shared = prompt_tokens + stage.output_tokens if stage.keeps_context else 0
+        prompt_tokens = shared + stage.new_tokens
+
+
+def mean_work(tasks: Sequence[Task], model: str) -> Work:
+    """Means over the tasks' runs by this model."""
+    stages = prompts = new = outputs = held = gap_s = 0.0
+    successes: list[float] = []
+    for task in tasks:
+        run = task.runs[model]
+        stages += len(run.stages)
+        gap_s += sum(stage.gap_s for stage in run.stages)
+        if run.success is not None:
+            successes.append(run.success)
+        sizes = contexts(task.prompt_tokens, run.stages)
+        for stage, (prompt, shared) in zip(run.stages, sizes, strict=True):
+            prompts += prompt
+            new += prompt - shared
+            outputs += stage.output_tokens
+            held += stage.output_tokens * (prompt + 0.5 * stage.output_tokens)
+    n = len(tasks)
+    success = sum(successes) / n if len(successes) == n else None
+    return Work(stages / n, prompts / n, new / n, outputs / n, held / outputs, gap_s / n, success)
+
+
+class Part(Struct, frozen=True, forbid_unknown_fields=True):
+    """One engine's part of a capacity."""
+
+    engine: str
+    model: str
+    batch: int  # sequences at work when it is full
+    workflow_s: float  # of the full engine's time per workflow
+    per_s: float  # workflows that it can do alone
+
+
+class Capacity(Struct, frozen=True, forbid_unknown_fields=True):
+    """Workflow rates at which a cluster is full; loads are fractions of `uniform_per_s`."""
+
+    uniform_per_s: float
+    whole_per_s: float
+    engines: tuple[Part, ...]
+
+
+def capacity(
+    engines: Sequence[EngineSetup], tasks: Sequence[Task], *, cached: float = 1.0
+) -> Capacity:
+    """Rates at which uniform routing and at which the whole cluster saturates.
+
+    Engine e, full, works at B_e sequences at once and needs per workflow
+
+        s_e = read tokens · prefill_s_per_token + output tokens · step_e(B_e, B_e·held) / B_e
+
+    seconds, with means over the tasks' runs by its model (`Work`). Read are the prompt tokens but
+    for the share ``cached`` of those that were the context of the stage before; without a prefix
+    cache all of them. B_e is the least of its slots, what the core may give it, and how many
+    sequences its memory holds. Of E engines under uniform routing each gets 1/E of the workflows,
+    so the slowest is full at ``uniform = E · min 1/s_e``. If every engine gets what it can do, all
+    are full at ``whole = Σ 1/s_e``: a policy that sends each model the tasks it is short at may
+    pass that by a little.
+
+    The default is for workflows that stay with one engine and find their contexts again. That ends
+    where queues grow: waiting workflows push each other out of the cache, and the rate falls to
+    that of ``cached`` 0. So does part of it where stages of a workflow go to several engines.
+    """
+    if not engines or not tasks:
+        raise ValueError("a capacity needs engines and tasks")
+    if not 0.0 <= cached <= 1.0:
+        raise ValueError(f"`cached` must be from 0 to 1, not {cached}")
+    parts = tuple(_part(setup, mean_work(tasks, setup.model), cached) for setup in engines)
+    rates = [part.per_s for part in parts]
+    return Capacity(len(parts) * min(rates), sum(rates), parts)
+
+
+def _part(setup: EngineSetup, work: Work, cached: float) -> Part:
+    profile = setup.profile
+    most = min(profile.slots, setup.max_inflight or profile.slots)
+    batch = max(1, min(most, int(profile.kv_tokens / work.held_tokens)))
+    found = cached if profile.prefix_cache else 0.0
+    read = work.prompt_tokens - found * (work.prompt_tokens - work.new_prompt_tokens)
+    step_s = profile.step(batch, round(batch * work.held_tokens))
+    workflow_s = read * profile.prefill_s_per_token + work.output_tokens * step_s / batch
+    return Part(setup.name, setup.model, batch, workflow_s, 1.0 / workflow_s)
+
+
+# Arrivals.
+
+
+def arrivals(
+    name: str, rate_per_s: float, number: int, seed: int, folder: Path | None = None
+) -> list[float]:
+    """Times of so many arrivals: "poisson", "bursty", or a trace's name in the folder.
+
+    All have the asked rate in the mean. Raises `ValueError` for a rate that is none and a name
+    that there is not.
+    """
+    if name == "poisson":
+        return poisson_arrivals(rate_per_s, number, seed)
+    if name == "bursty":
+        return bursty_arrivals(rate_per_s, number, seed)
+    if folder is None:
+        raise ValueError(
+            f"arrivals {name!r}: neither poisson nor bursty; a trace's name needs its folder"
+        )
+    return replayed_arrivals(folder, name, rate_per_s, number, seed)
+
+
+def replayed_arrivals(
+    folder: Path, trace: str, rate_per_s: float, number: int, seed: int
+) -> list[float]:
+    """A stretch of a recorded trace (`arrivals.parquet`), in which time is scaled to the rate.
+
+    The seed says where it begins; after its end a trace begins anew. The stretch itself has the
+    rate, however busy a time it is from, so that all seeds have one load. Raises `ValueError`.
+    """
+    _check_rate(rate_per_s)
+    times = _recorded_times(folder, trace)
+    gaps = np.diff(times)
+    start = Random(f"arrivals {seed}").randrange(len(gaps))
+    chosen = np.take(gaps, range(start, start + number), mode="wrap")
+    total = float(chosen.sum())
+    if number and total <= 0.0:
+        raise ValueError(f"{folder}: {number} arrivals of {trace!r} come at one instant")
+    scale = number / rate_per_s / total if number else 0.0
+    return [float(at) for at in np.cumsum(chosen) * scale]
+
+
+def _recorded_times(folder: Path, trace: str) -> np.ndarray:
+    path = folder / "arrivals.parquet"
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise TracesError(
+            f"{error}; arrival traces need: pip install 'chimera-daemon[train]'"
+        ) from error
+    try:
+        table = ParquetFile(path).read()
+        names = table["trace"].to_pylist()
+        times = np.asarray(table["t_s"].to_numpy(), dtype=np.float64)
+    except (OSError, KeyError, ValueError, ArrowException) as error:
+        raise ValueError(f"{path}: cannot be read as arrivals (trace, t_s): {error}") from error
+    if trace not in names:
+        there = ", ".join(sorted({str(name) for name in names}))
+        raise ValueError(f"{path}: no trace {trace!r}; there are: {there}")
+    times = np.sort(times[np.array([name == trace for name in names])])
+    if len(times) < 2 or not np.isfinite(times).all():
+        raise ValueError(f"{path}: trace {trace!r} needs two arrivals or more, all at known times")
+    return times
+
+
+def bursty_arrivals(
+    rate_per_s: float,
+    number: int,
+    seed: int,
+    *,
+    variation: float = 2.0,
+    swing: float = 0.5,
+    days: float = 2.0,
+) -> list[float]:
+    """Bursts on a day's ebb and flow, as traces of chat services show (Mooncake, arXiv 2407.00079).
+
+    No recorded trace: gamma distributed gaps g with mean 1 and coefficient of variation
+    ``variation`` (shape 1/variation²), under a rate that goes up and down,
+    ``rate(t) = rate_per_s · (1 + swing · sin(2π t / period))``: the n-th arrival is where the
+    integral of rate(t) reaches g_1 + … + g_n. ``days`` periods fit into the expected length of
+    the run. Raises `ValueError` for values that make no sense.
+    """
+    _check_rate(rate_per_s)
+    if not (isfinite(variation) and variation > 0.0 and 0.0 <= swing < 1.0 and 0.0 < days < inf):
+        raise ValueError(
+            f"bursty arrivals: variation {variation} and days {days} must be more than 0, "
+            f"swing {swing} from 0 to below 1"
+        )
+    draw, shape = Random(f"bursts {seed}"), variation**-2.0
+    period_s = number / rate_per_s / days
+    draws = (draw.gammavariate(shape, 1.0 / shape) for _ in range(number))
+    return [_when(total / rate_per_s, swing, period_s) for total in accumulate(draws)]
+
+
+def _when(even_s: float, swing: float, period_s: float) -> float:
+    """The time by which a swinging rate has brought as many as an even one by ``even_s``.
+
+    That is t + swing · period/2π · (1 − cos(2π t/period)) = even_s, increasing in t: bisection.
+    """
+    reach = swing * period_s / (2.0 * math.pi)
+    low, high = max(0.0, even_s - 2.0 * reach), even_s
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        if middle + reach * (1.0 - math.cos(2.0 * math.pi * middle / period_s)) < even_s:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _check_rate(rate_per_s: float) -> None:
+    if not (isfinite(rate_per_s) and rate_per_s > 0.0):
+        raise ValueError(f"the arrival rate must be more than 0 per second, not {rate_per_s}")
+
+
+# Workflows made up in the shapes of the paper.
+
+
+class _Role(NamedTuple):
+    """An agent: the median length of its answer, the tokens of what it is told."""
+
+    output_tokens: float
+    instruction_tokens: int
+
+
+# Shapes are the paper's; lengths are assumptions.
+_ROLES = {
+    "planner": _Role(180.0, 60),
+    "coder": _Role(350.0, 80),
+    "qa": _Role(150.0, 80),
+    "solver": _Role(300.0, 60),
+    "verifier": _Role(150.0, 80),
+}
+SHAPES = {
+    "code-4": ("planner", "coder", "qa", "coder"),
+    "code-2": ("planner", "coder"),
+    "code-1": ("coder",),
+    "math-4": ("planner", "solver", "verifier", "solver"),
+    "math-2": ("planner", "solver"),
+    "math-1": ("solver",),
+}
+_TASK_TOKENS = 250.0  # median size of a task's text
+_SIGMA = 0.6  # of the logarithm of lengths
+_OWN_SIGMA = 0.2  # of it, what models differ by on one stage
+_LUCK = 0.5  # of a run, beside a task's difficulty with spread 1
+_HARDER_IS_LONGER = 0.25  # logarithm of length per unit of difficulty
+_TAIL = 1.5  # index of the Pareto tail: finite mean, infinite variance
+_LONGEST = 4096
+
+
+def synthetic_tasks(
+    skills: Mapping[str, float],
+    number: int,
+    seed: int,
+    *,
+    tail: Literal["lognormal", "pareto"] = "lognormal",
+    gaps: Gaps | None = None,
+) -> TaskSet:
+    """Tasks in the paper's shapes (section 5: one, two and four agents), uniform over `SHAPES`.
+
+    ``skills`` gives the share of tasks that each model solves. A task has a difficulty d ~ N(0, 1);
+    a run succeeds where ``a + 0.5 ε > d`` with ε ~ N(0, 1) and a chosen for that share, so a better
+    model mostly solves what a worse one does. Lengths are lognormal about each role's median, or
+    with ``tail`` "pareto" of the same median but a tail of index 1.5, cut at 4096; a draw of the
+    task's is shared by all models, and harder tasks take more. The context is kept from stage to
+    stage. Without texts. Raises `ValueError`.
+    """
+    if not skills or number < 1:
+        raise ValueError("synthetic tasks need at least one model and one task")
+    for model, skill in skills.items():
+        if not 0.0 < skill < 1.0:
+            raise ValueError(f"model {model!r}: its skill must be between 0 and 1, not {skill}")
+    if tail not in ("lognormal", "pareto"):
+        raise ValueError(f"no tail {tail!r}; there are: lognormal, pareto")
+    draw, gaps = Random(f"synthetic {seed}"), gaps or Gaps()
+    made = (_synthetic(f"synthetic-{n}", skills, draw, tail, gaps) for n in range(number))
+    return TaskSet(tuple(made))
+
+
+def _synthetic(
+    task_id: str, skills: Mapping[str, float], draw: Random, tail: str, gaps: Gaps
+) -> Task:
+    kind = draw.choice(list(SHAPES))
+    roles = [_ROLES[role] for role in SHAPES[kind]]
+    difficulty = draw.gauss(0.0, 1.0)
+    medians = [
+        role.output_tokens * math.exp(_HARDER_IS_LONGER * difficulty) * _spread(draw, tail)
+        for role in roles
+    ]
+    prompt = _TASK_TOKENS * math.exp(draw.gauss(0.0, _SIGMA)) + roles[0].instruction_tokens
+    told = [*(role.instruction_tokens for role in roles[1:]), 0]
+    gaps_s = [*(gaps.draw(task_id, stage) for stage in range(len(roles) - 1)), 0.0]
+    runs: dict[str, Run] = {}
+    for model, skill in skills.items():
+        outputs = (tokens * math.exp(draw.gauss(0.0, _OWN_SIGMA)) for tokens in medians)
+        lengths = [min(_LONGEST, max(1, round(tokens))) for tokens in outputs]
+        able = NormalDist(0.0, math.hypot(1.0, _LUCK)).inv_cdf(skill)
+        success = able + _LUCK * draw.gauss(0.0, 1.0) > difficulty
+        stages = tuple(map(StageTruth, lengths, told, gaps_s))
+        runs[model] = Run(stages, float(success))
+    return Task(task_id, kind, round(prompt), runs)
+
+
+def _spread(draw: Random, tail: str) -> float:
+    """A factor with median 1."""
+    if tail == "lognormal":
+        return math.exp(draw.gauss(0.0, _SIGMA))
+    return draw.paretovariate(_TAIL) / 2.0 ** (1.0 / _TAIL)
