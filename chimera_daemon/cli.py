@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_status(commands)
     _add_learning(commands)
     _add_demo(commands)
+    _add_simulate(commands)
     _add_bench(commands)
     return parser
 
@@ -310,6 +311,18 @@ def _add_demo(commands: Any) -> None:
         "check every answer, print a table and write JSON rows and a plot.",
     )
     _bench_command(parser, "demo")
+
+
+def _add_simulate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "simulate",
+        help="replay traces on a simulated cluster under several policies and compare them",
+        description="Replay the workflows of trace folders through the scheduler core on a "
+        "simulated cluster, under every policy at every load, and show latency and success with "
+        "intervals: as a table, JSON rows, a picture, a page.",
+    )
+    _bench_command(parser, "simulate")
+    parser.set_defaults(extra="train")
 
 
 def _add_bench(commands: Any) -> None:

@@ -1,0 +1,322 @@
+"""`chimera simulate`: notation of policies, mistakes, and whole runs on small made-up traces."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from chimera_bench import sim_policies, sim_runs
+from chimera_bench import simulate as command
+from chimera_bench.sim_policies import settings
+from chimera_daemon import cli
+from chimera_daemon.config import ConfigError
+from chimera_predictors.traces import Traces
+from tests.fake_traces import make_traces
+
+PROFILE = (
+    "[engines.profile]\nstep_s = {}\nstep_per_seq_s = 0.0005\nstep_per_kv_token_s = 1e-8\n"
+    "prefill_s_per_token = 1e-5\nslots = 4\n"
+)
+CLUSTER = (
+    '[[engines]]\nname = "quick"\nmodel = "small"\ncount = 2\n'
+    + PROFILE.format(0.005)
+    + '[[engines]]\nname = "slow"\nmodel = "large"\n'
+    + PROFILE.format(0.02)
+)
+
+
+def write_traces(folder: Path, traces: Traces) -> Path:
+    """As a trace folder (docs/traces.md)."""
+    lines: dict[int, dict[str, Any]] = {}
+    for row in range(len(traces)):
+        workflow, task = int(traces.workflow[row]), int(traces.task[row])
+        line = lines.setdefault(
+            workflow,
+            {
+                "workflow_id": traces.workflow_ids[workflow],
+                "task_id": traces.task_ids[task],
+                "kind": traces.kind[row],
+                "success": float(traces.success[row]),
+                "stages": [],
+            },
+        )
+        line["stages"].append(
+            {
+                "model": traces.models[traces.model[row]],
+                "prompt_text": traces.new_text[row],
+                "prompt_tokens": int(traces.prompt_tokens[row]),
+                "output_tokens": int(traces.output_tokens[row]),
+            }
+        )
+    folder.mkdir()
+    text = "".join(json.dumps(line) + "\n" for line in lines.values())
+    (folder / "runs.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def traces(tmp_path: Path) -> Path:
+    return write_traces(tmp_path / "traces", make_traces(tasks=30))
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Path:
+    path = tmp_path / "cluster.toml"
+    path.write_text(CLUSTER, encoding="utf-8")
+    return path
+
+
+def simulate(traces: Path, cluster: Path, *options: str) -> int:
+    few = ["--workflows", "60", "--seeds", "2", "--jobs", "1"]
+    load = [] if "--load" in options else ["--load", "0.8"]
+    return cli.main(
+        ["simulate", "--traces", str(traces), "--cluster", str(cluster), *few, *load, *options]
+    )
+
+
+def a_plan(traces: Path, cluster: Path, *policies: str, load: str = "0.8") -> sim_runs.Plan:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    common = ["--traces", str(traces), "--cluster", str(cluster), "--workflows", "60"]
+    options = ["--seeds", "2", "--load", load, "--policy", *policies]
+    return command.plan(parser.parse_args([*common, *options]))
+
+
+# Notation.
+
+
+@pytest.mark.parametrize(
+    ("written", "names", "sweeps", "policy", "predictions"),
+    [
+        ("chimera", ["chimera"], ["chimera"], "chimera", "prior"),
+        (
+            "chimera:price=0.1/0.3",
+            ["chimera price=0.1", "chimera price=0.3"],
+            ["chimera"] * 2,
+            "chimera",
+            "prior",
+        ),
+        (
+            "chimera:price=1,aging_tokens_per_s=5/9",
+            [f"chimera price=1 aging_tokens_per_s={n}" for n in (5, 9)],
+            [f"chimera aging_tokens_per_s={n}" for n in (5, 9)],
+            "chimera",
+            "prior",
+        ),
+        ("paper:tau=1,delta_s=0.1", ["paper tau=1 delta_s=0.1"], ["paper"], "paper", "prior"),
+        ("stjf_oracle", ["stjf_oracle"], ["stjf_oracle"], "stjf", "oracle"),
+        ("router_oracle", ["router_oracle"], ["router_oracle"], "router_only", "oracle"),
+        ("chimera:predictions=noise:2", ["chimera noise:2"], ["chimera noise:2"], "chimera",
+         "noise:2"),
+        ("static:a:b", ["static:a:b"], ["static:a:b"], "static:a:b", "prior"),
+    ],
+)  # fmt: skip
+def test_notation(
+    written: str, names: list[str], sweeps: list[str], policy: str, predictions: str
+) -> None:
+    found = settings(written, {}, "prior", ["a:b"])
+    assert [setting.name for setting in found] == names
+    assert [setting.sweep for setting in found] == sweeps
+    assert {setting.config.policy for setting in found} == {policy}
+    assert {setting.predictions for setting in found} == {predictions}
+
+
+def test_knobs_reach_the_configuration() -> None:
+    common = sim_policies.common_knobs(["price=3,tau=7", "aging_tokens_per_s=2"])
+    ours, paper = (
+        settings(text, common, "prior", [])[0].config
+        for text in ("chimera:price=0.25", "paper:delta_s=0.2")
+    )
+    assert (ours.price, ours.aging_tokens_per_s) == (0.25, 2.0)
+    assert ours.paper.tau == 0.5  # not a knob of `chimera`
+    assert (paper.price, paper.paper.tau, paper.paper.delta_s) == (3.0, 7.0, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("chimra", "no policy 'chimra'; there are: chimera, paper"),
+        ("chimra_oracle", "no policy 'chimra'"),
+        ("chimera:prize=1", "no knob `prize` here; did you mean `price`"),
+        ("least_loaded:tau=1", "no knob `tau`"),
+        ("chimera:price=cheap", r"Expected `float`.*\$\.price"),
+        ("paper:tau=-1", r">= 0.*\$\.paper\.tau"),
+        ("chimera:price", "'price' is not KNOB=VALUE"),
+        ("chimera:price=1,price=2", "`price` is set twice"),
+        ("static:huge", "no engine serves 'huge'; there are: small, large"),
+    ],
+)
+def test_misspelt_policies(written: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        settings(written, {}, "prior", ["small", "large"])
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--load", "0"], "--load '0': write a share above 0"),
+        (["--load", "-0.5"], "--load '-0.5'"),
+        (["--load", "Tx"], "--load 'Tx'"),
+        (["--load", "nan"], "--load 'nan'"),
+        (["--policy", "chimra"], "no policy 'chimra'"),
+        (["--set", "prise=1"], "--set: no knob `prise` here; did you mean `price`"),
+        (["--predictions", "magic"], "no predictions 'magic'"),
+        (["--predictions", "bundle:nowhere"], "nowhere"),
+        (["--arrivals", "sometimes"], "--arrivals 'sometimes': there are: poisson"),
+        (["--arrivals", "azure-code:nowhere"], "nowhere/arrivals.parquet"),
+        (["--baseline", "paper"], "--baseline 'paper': it is not simulated"),
+        (["--gap-s", "-1"], "--gap-s: "),
+        (["--out", "no/such/folder.jsonl"], "--out: no folder no/such"),
+    ],
+)
+def test_a_mistake_gets_one_clear_line(
+    traces: Path,
+    cluster: Path,
+    options: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    policy = [] if "--policy" in options else ["--policy", "chimera"]
+    assert simulate(traces, cluster, *policy, *options) == 2
+    shown = capsys.readouterr()
+    (line,) = [line for line in shown.err.splitlines() if line.startswith("chimera: ")]
+    assert said in line
+    assert not shown.out
+
+
+def test_a_cluster_file_with_an_unknown_key(
+    traces: Path, cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.write_text(CLUSTER.replace("count", "number"), encoding="utf-8")
+    assert simulate(traces, cluster) == 2
+    assert "cluster.toml: Object contains unknown field `number`" in capsys.readouterr().err
+
+
+def test_a_model_that_the_traces_lack(
+    traces: Path, cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.write_text(CLUSTER.replace('"large"', '"huge"'), encoding="utf-8")
+    assert simulate(traces, cluster) == 2
+    said = capsys.readouterr().err
+    assert "no workflow by model 'huge', which the cluster serves; there are: large, small" in said
+
+
+def test_traces_without_a_workflow(
+    tmp_path: Path, cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty"
+    assert simulate(empty, cluster) == 2
+    empty.mkdir()
+    (empty / "runs.jsonl").write_text("", encoding="utf-8")
+    assert simulate(empty, cluster) == 2
+    assert all(
+        "empty" in line for line in capsys.readouterr().err.splitlines() if "chimera:" in line
+    )
+
+
+# Whole runs.
+
+
+def test_a_run_writes_table_rows_picture_and_page(
+    traces: Path, cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = {name: tmp_path / f"out.{name}" for name in ("jsonl", "png", "html")}
+    code = simulate(
+        traces, cluster, "--load", "0.5", "T0.9", "--half", "test",
+        "--policy", "chimera:price=0.1/1", "paper", "--policy", "least_loaded", "router_oracle",
+        "--out", str(paths["jsonl"]), "--plot", str(paths["png"]), "--html", str(paths["html"]),
+    )  # fmt: skip
+    assert code == 0
+    shown = capsys.readouterr().out
+    names = ["chimera price=0.1", "chimera price=1", "paper", "least_loaded", "router_oracle"]
+    for text in (*names, "load 0.5", "load T0.9", "ratios to least_loaded", "test tasks"):
+        assert text in shown
+
+    rows = [json.loads(line) for line in paths["jsonl"].read_text().splitlines()]
+    kinds = [row["row"] for row in rows]
+    # Of each load: five settings, all but one compared, four sweeps.
+    assert [kinds.count(kind) for kind in ("policy", "comparison", "frontier")] == [10, 8, 8]
+    for row in rows:
+        assert {"machine", "versions", "commit", "seeds", "cluster", "rate_per_s"} <= set(row)
+    policies = {(row["setting"], row["load"]): row for row in rows if row["row"] == "policy"}
+    for row in policies.values():
+        assert row["workflows"] == 120
+        assert row["latency_p50_s"]["value"] <= row["latency_p95_s"]["value"]
+        assert sum(row["stage_share"].values()) == pytest.approx(1.0)
+        assert not row["errors"]
+    rates = [row["rate_per_s"] for row in rows if row["load"] == "0.5"]
+    assert rates == pytest.approx([0.5 * rows[0]["uniform_per_s"]] * len(rates))
+    oracle, idle = policies["router_oracle", "0.5"], policies["least_loaded", "0.5"]
+    assert oracle["success"]["value"] > idle["success"]["value"] + 0.05
+
+    assert paths["png"].read_bytes().startswith(b"\x89PNG")
+    page = paths["html"].read_text(encoding="utf-8")
+    assert "data:image/png;base64," in page
+    assert 'src="http' not in page  # it needs nothing from elsewhere
+    assert "<link" not in page
+    for name in names:
+        assert f"<td>{name}</td>" in page
+
+
+def test_traces_without_outcomes_still_give_latencies(
+    tmp_path: Path, cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make_traces(tasks=20)
+    folder = write_traces(tmp_path / "traces", made)
+    runs = folder / "runs.jsonl"
+    lines = [json.loads(line) for line in runs.read_text().splitlines()]
+    runs.write_text("".join(json.dumps(line | {"success": None}) + "\n" for line in lines))
+    plot = tmp_path / "plot.png"
+    options = ("--policy", "chimera", "least_loaded", "--plot", str(plot))
+    assert simulate(folder, cluster, *options) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if " chimera  " in line][:1]
+    assert row.split()[1] == "-"
+    assert float(row.split()[2]) > 0.0
+    assert plot.stat().st_size > 0
+
+
+def test_policies_get_the_same_workflows(traces: Path, cluster: Path) -> None:
+    plan = a_plan(traces, cluster, "least_loaded", "static:small")
+    done = sim_runs.run(plan, sim_runs.ground(plan), 1, lambda done, cell: None)
+    assert list(done) == sim_runs.cells(plan)
+    tasks = [
+        [done[sim_runs.Cell(setting, 0, seed)].task for setting in (0, 1)] for seed in plan.seeds
+    ]
+    for one, other in tasks:
+        assert (one == other).all()
+    assert (tasks[0][0] != tasks[1][0]).any()
+
+
+def test_no_workflow_is_faster_than_on_an_idle_engine(traces: Path, cluster: Path) -> None:
+    plan = a_plan(traces, cluster, "static:small", "static:large", "chimera", load="0.001")
+    ground = sim_runs.ground(plan)
+    bounds = sim_runs.bounds(ground)
+    done = sim_runs.run(plan, ground, 1, lambda done, cell: None)
+    for cell, columns in done.items():
+        assert (columns.latency_s >= bounds.idle_s[columns.task] - 1e-6).all()
+        alone = plan.settings[cell.setting].name.removeprefix("static:")
+        if alone in plan.models:
+            success = bounds.success[columns.task, plan.models.index(alone)]
+            assert (columns.success == success).all()
+        if alone == "small":  # so rare that they never meet
+            assert columns.latency_s == pytest.approx(bounds.idle_s[columns.task])
+
+
+def test_numbers_do_not_depend_on_how_many_processes_there_are(traces: Path, cluster: Path) -> None:
+    plan = a_plan(traces, cluster, "chimera", "paper:predictions=noise:1")
+    ground = sim_runs.ground(plan)
+    counted: list[int] = []
+    alone = sim_runs.run(plan, ground, 1, lambda done, cell: None)
+    pooled = sim_runs.run(plan, ground, 2, lambda done, cell: counted.append(done))
+    assert counted == [1, 2, 3, 4]
+    assert list(alone) == list(pooled)
+    for cell, columns in alone.items():
+        for name in ("task", "latency_s", "success"):
+            assert np.array_equal(getattr(columns, name), getattr(pooled[cell], name))
+        assert columns.stages == pooled[cell].stages
