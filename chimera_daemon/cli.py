@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_learning(commands)
     _add_demo(commands)
     _add_simulate(commands)
+    _add_tune(commands)
     _add_bench(commands)
     return parser
 
@@ -322,6 +323,17 @@ def _add_simulate(commands: Any) -> None:
         "intervals: as a table, JSON rows, a picture, a page.",
     )
     _bench_command(parser, "simulate")
+    parser.set_defaults(extra="train")
+
+
+def _add_tune(commands: Any) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="choose a policy's knob for a goal, by simulation on your own traces",
+        description="Replay half of the tasks of trace folders under many values of a policy's "
+        "knob, take the one that serves the goal best, and show on the other half what it does.",
+    )
+    _bench_command(parser, "tune")
     parser.set_defaults(extra="train")
 
 

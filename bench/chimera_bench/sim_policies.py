@@ -55,9 +55,23 @@ def common_knobs(written: Sequence[str]) -> dict[str, str]:
     knobs: dict[str, str] = {}
     for text in written:
         knobs |= _pairs(text, "--set")
-    known = [*_paths(""), *(key for name in policy.NAMES for key in _paths(name))]
+    known = [*paths(""), *(key for name in policy.NAMES for key in paths(name))]
     _refuse_unknown(knobs, known, "--set")
     return knobs
+
+
+def free_dials(written: str) -> tuple[str, ...]:
+    """Knobs that a policy's trade is tuned by, without those that the text sets."""
+    name, _, rest = written.partition(":")
+    dials = _DIALS.get(name.removesuffix(_ORACLE), ())
+    given = _pairs(rest, f"--policy {written!r}") if dials and rest else {}
+    return tuple(dial for dial in dials if dial not in given)
+
+
+def with_knobs(written: str, knobs: Mapping[str, str]) -> str:
+    """The text with more knobs."""
+    pairs = ",".join(f"{key}={value}" for key, value in knobs.items())
+    return f"{written}{',' if ':' in written else ':'}{pairs}"
 
 
 def _pairs(text: str, where: str) -> dict[str, str]:
@@ -82,11 +96,11 @@ def _setting(
 ) -> "Setting":
     from chimera_bench.sim_runs import Setting
 
-    where, paths = f"--policy {label!r}", _paths(base)
+    where, places = f"--policy {label!r}", paths(base)
     _refuse_misspelt(base, where, models)
-    _refuse_unknown(knobs, [*paths, _PREDICTIONS], where)
-    shared = {key: value for key, value in common.items() if key in paths}
-    config = _config(base, {paths[key]: value for key, value in (shared | dict(knobs)).items()})
+    _refuse_unknown(knobs, [*places, _PREDICTIONS], where)
+    shared = {key: value for key, value in common.items() if key in places}
+    config = _config(base, {places[key]: value for key, value in (shared | dict(knobs)).items()})
     dials = _DIALS.get(base, ())
     fixed = {key: value for key, value in knobs.items() if key not in dials}
     return Setting(_named(label, knobs), _named(label, fixed), config, predictions)
@@ -113,13 +127,13 @@ def _refuse_unknown(knobs: Mapping[str, str], known: Sequence[str], where: str) 
             raise ConfigError(f"{where}: no knob `{key}` here; did you mean `{near}`?")
 
 
-def _paths(name: str) -> dict[str, tuple[str, ...]]:
+def paths(name: str) -> dict[str, tuple[str, ...]]:
     """Where each knob of a policy is in the configuration: numbers, its own table's included."""
-    paths = {key: (key,) for key in _numbers(Config)}
+    found = {key: (key,) for key in _numbers(Config)}
     table = getattr(Config(), name, None)
     if isinstance(table, Struct):
-        paths |= {key: (name, key) for key in _numbers(type(table))}
-    return paths
+        found |= {key: (name, key) for key in _numbers(type(table))}
+    return found
 
 
 def _numbers(struct: type[Struct]) -> list[str]:

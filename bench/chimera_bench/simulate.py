@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 _POLICIES = ("chimera:price=0.03/0.1/0.3/1", "paper:tau=0.5/1/2", "least_loaded")
 _LOADS = ("0.5", "0.8", "0.95", "1.1")
-_REFERENCE = "least_loaded"
+REFERENCE = "least_loaded"
+LOAD_HELP = (
+    "rate of arrivals as a share of the capacity under uniform routing; T0.95: of that of the "
+    "whole cluster"
+)
 _TRACES = {"azure-code": "azure_llm_2023_code", "azure-conv": "azure_llm_2023_conv"}
 _GENERATED = ("poisson", "bursty")
 _ARRIVALS_FILE = "arrivals.parquet"
@@ -29,12 +33,7 @@ _ARRIVALS_FILE = "arrivals.parquet"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `chimera simulate`."""
-    parser.add_argument("--traces", nargs="+", action="extend", type=Path, required=True,
-                        metavar="DIR",
-                        help="trace folders (docs/traces.md) whose tasks are replayed")  # fmt: skip
-    parser.add_argument("--cluster", type=Path, required=True, metavar="FILE",
-                        help="TOML file of engines, or one that comes with the project: "
-                        "a, b or c")  # fmt: skip
+    add_common(parser)
     parser.add_argument("--policy", nargs="+", action="extend", metavar="P",
                         help=f"of: {', '.join(policy.NAMES)}; with knobs as in "
                         "chimera:price=0.1/0.3 (two settings) or paper:tau=1,delta_s=0.1; the knob "
@@ -42,27 +41,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         f"(default: {' '.join(_POLICIES)})")  # fmt: skip
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KNOB=VALUE",
                         help="knobs of all policies that have them")  # fmt: skip
-    parser.add_argument("--predictions", default="prior", metavar="NAME",
-                        help="prior (averages, learned online), bundle (trained out of fold by "
-                        "task, kept in runs/folds), bundle:FOLDER (a trained one), constant, "
-                        "noise:S, oracle (default: %(default)s)")  # fmt: skip
-    _add_workload(parser)
+    parser.add_argument("--load", nargs="+", action="extend", metavar="L",
+                        help=f"{LOAD_HELP} (default: {' '.join(_LOADS)})")  # fmt: skip
+    parser.add_argument("--half", choices=("tune", "test", "all"), default="all",
+                        help="of the tasks: one to choose knobs on, one to report on (default: "
+                        "%(default)s)")  # fmt: skip
     parser.add_argument("--baseline", metavar="P",
                         help="policy that the others are compared with (default: least_loaded, or "
                         "the first)")  # fmt: skip
-    parser.add_argument("--jobs", type=_count, metavar="N",
-                        help="processes (default: one per core)")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append rows to this file")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the frontiers")
     parser.add_argument("--html", type=Path, metavar="FILE.html",
                         help="write tables and picture as one page")  # fmt: skip
 
 
-def _add_workload(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--load", nargs="+", action="extend", metavar="L",
-                        help="rate of arrivals as a share of the capacity under uniform routing; "
-                        "T0.95: of that of the whole cluster (default: "
-                        f"{' '.join(_LOADS)})")  # fmt: skip
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that simulates: all but policies, loads and what is written."""
+    parser.add_argument("--traces", nargs="+", action="extend", type=Path, required=True,
+                        metavar="DIR",
+                        help="trace folders (docs/traces.md) whose tasks are replayed")  # fmt: skip
+    parser.add_argument("--cluster", type=Path, required=True, metavar="FILE",
+                        help="TOML file of engines, or one that comes with the project: "
+                        "a, b or c")  # fmt: skip
+    parser.add_argument("--predictions", default="prior", metavar="NAME",
+                        help="prior (averages, learned online), bundle (trained out of fold by "
+                        "task, kept in runs/folds), bundle:FOLDER (a trained one), constant, "
+                        "noise:S, oracle (default: %(default)s)")  # fmt: skip
     parser.add_argument("--arrivals", default="poisson", metavar="NAME",
                         help="poisson, bursty, or a recorded trace, its time scaled to the rate: "
                         "azure-code:FILE, azure-conv:FILE, NAME:FILE with the trace's name in "
@@ -74,12 +78,11 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
                         "workflows (default: %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1, metavar="S",
                         help="the first seed (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--half", choices=("tune", "test", "all"), default="all",
-                        help="of the tasks: one to choose knobs on, one to report on (default: "
-                        "%(default)s)")  # fmt: skip
     parser.add_argument("--gap-s", type=float, default=1.0, metavar="SECONDS",
                         help="mean time of a tool between two stages "
                         "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--jobs", type=_count, metavar="N",
+                        help="processes (default: one per core)")  # fmt: skip
 
 
 def _count(text: str) -> int:
@@ -91,30 +94,21 @@ def _count(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulate and report; 0, or `ConfigError` for what cannot be simulated."""
-    from chimera_bench import machine, sim_report, sim_runs
+    from chimera_bench import machine, sim_report
     from chimera_bench.progress import Progress
 
     began_s = time.monotonic()
-    _check_files(arguments)
+    check_files(arguments)
     chosen = plan(arguments)
     names = [setting.name for setting in chosen.settings]
     baseline = _baseline(arguments.baseline, names)
-    jobs = arguments.jobs or len(machine.cores())
     with Progress() as progress:
-        ground = _prepared(chosen, progress)
-        total = len(sim_runs.cells(chosen))
-        progress.phase("simulations", total)
-
-        def on_cell(done: int, cell: "Cell") -> None:
-            setting, load = chosen.settings[cell.setting].name, chosen.loads[cell.load].name
-            progress.update(done, f"{done}/{total}: {setting}, load {load}, seed {cell.seed}")
-
-        columns = sim_runs.run(chosen, ground, jobs, on_cell)
-        progress.end(f"{total} simulations")
-    loads = _figures(ground, columns, baseline)
-    facts = {**machine.facts(), **_described(arguments, ground)}
+        ground = prepared(chosen, progress)
+        columns = simulations(ground, arguments.jobs, progress)
+    loads = figures(ground, columns, baseline)
+    facts = {**machine.facts(), **described(arguments, ground)}
     facts["seconds"] = round(time.monotonic() - began_s, 1)
-    report = sim_report.Report(_title(arguments, ground), _notes(ground, columns), facts, loads)
+    report = sim_report.Report(title(arguments, ground), notes(ground, columns), facts, loads)
     sim_report.show(report, sys.stdout)
     if arguments.out is not None:
         machine.append_rows(arguments.out, sim_report.rows(report))
@@ -181,14 +175,14 @@ def _arrivals(text: str) -> tuple[str, Path | None]:
 
 def _baseline(wanted: str | None, names: Sequence[str]) -> str:
     if wanted is None:
-        return _REFERENCE if _REFERENCE in names else names[0]
+        return REFERENCE if REFERENCE in names else names[0]
     if wanted not in names:
         raise ConfigError(f"--baseline {wanted!r}: it is not simulated; there are: "
                           f"{', '.join(map(repr, names))}")  # fmt: skip
     return wanted
 
 
-def _check_files(arguments: argparse.Namespace) -> None:
+def check_files(arguments: argparse.Namespace) -> None:
     """Find what would fail only after minutes of work."""
     for name in ("out", "plot", "html"):
         path: Path | None = getattr(arguments, name)
@@ -198,7 +192,7 @@ def _check_files(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--{name}: no folder {path.parent}")
 
 
-def _prepared(chosen: "Plan", progress: "Progress") -> "Ground":
+def prepared(chosen: "Plan", progress: "Progress") -> "Ground":
     """The ground of the plan, with everything tried that input can make fail."""
     from chimera_bench import sim_runs
 
@@ -215,11 +209,30 @@ def _prepared(chosen: "Plan", progress: "Progress") -> "Ground":
     return ground
 
 
-def _figures(
-    ground: "Ground", columns: "dict[Cell, Columns]", baseline: str
+def simulations(ground: "Ground", jobs: int | None, progress: "Progress") -> "dict[Cell, Columns]":
+    """All cells of the ground's plan; without ``jobs`` on every core."""
+    from chimera_bench import machine, sim_runs
+
+    chosen = ground.plan
+    total = len(sim_runs.cells(chosen))
+    progress.phase("simulations", total)
+
+    def on_cell(done: int, cell: "Cell") -> None:
+        setting, load = chosen.settings[cell.setting].name, chosen.loads[cell.load].name
+        progress.update(done, f"{done}/{total}: {setting}, load {load}, seed {cell.seed}")
+
+    columns = sim_runs.run(chosen, ground, jobs or len(machine.cores()), on_cell)
+    progress.end(f"{total} simulations")
+    return columns
+
+
+def figures(
+    ground: "Ground", columns: "dict[Cell, Columns]", baseline: str, draws: int | None = None
 ) -> "list[LoadSummary]":
+    """Per load; intervals are of so many ``draws``, without any of them NaN."""
     from chimera_bench import sim_runs, sim_summary
 
+    draws = sim_summary.DRAWS if draws is None else draws
     chosen, bounds = ground.plan, sim_runs.bounds(ground)
     found: list[LoadSummary] = []
     for number, load in enumerate(chosen.loads):
@@ -233,11 +246,14 @@ def _figures(
             for n, setting in enumerate(chosen.settings)
         ]
         rate_per_s = ground.rate_per_s(load)
-        found.append(sim_summary.summarise_load(rows, rate_per_s, bounds, baseline, _REFERENCE))
+        found.append(
+            sim_summary.summarise_load(rows, rate_per_s, bounds, baseline, REFERENCE, draws)
+        )
     return found
 
 
-def _title(arguments: argparse.Namespace, ground: "Ground") -> str:
+def title(arguments: argparse.Namespace, ground: "Ground") -> str:
+    """What was simulated, in a line."""
     traces = ", ".join(path.name for path in arguments.traces)
     return (
         f"Simulated: traces {traces} ({ground.plan.half} tasks), cluster {arguments.cluster}, "
@@ -245,7 +261,8 @@ def _title(arguments: argparse.Namespace, ground: "Ground") -> str:
     )
 
 
-def _notes(ground: "Ground", columns: "dict[Cell, Columns]") -> list[str]:
+def notes(ground: "Ground", columns: "dict[Cell, Columns]") -> list[str]:
+    """What a reader of the figures must know."""
     plan, found, capacity = ground.plan, ground.found, ground.capacity
     lacking = ", ".join(f"{model} in {number}" for model, number in found.lacking.items())
     unusable = ", ".join(f"{number}: {why}" for why, number in found.unusable.items())
@@ -267,7 +284,8 @@ def _notes(ground: "Ground", columns: "dict[Cell, Columns]") -> list[str]:
     return notes
 
 
-def _described(arguments: argparse.Namespace, ground: "Ground") -> dict[str, Any]:
+def described(arguments: argparse.Namespace, ground: "Ground") -> dict[str, Any]:
+    """Facts of the run that go into every row."""
     plan = ground.plan
     return {
         "traces": [str(path) for path in arguments.traces],
