@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from msgspec import Struct
 
-from chimera_bench.simulator import EngineSetup, Run, StageTruth, Workflow, poisson_arrivals
+from chimera_bench.simulator import EngineSetup, Run, StageTruth, Workflow
 from chimera_predictors.traces import Traces, TracesError, read_traces
 
 Half = Literal["tune", "test"]
@@ -492,6 +492,13 @@ def _when(even_s: float, swing: float, period_s: float) -> float:
         else:
             high = middle
     return high
+
+
+def poisson_arrivals(rate_per_s: float, number: int, seed: int) -> list[float]:
+    """Arrival times of a Poisson process from 0 on; equal seeds give equal times."""
+    _check_rate(rate_per_s)
+    draw = Random(seed)
+    return list(accumulate(draw.expovariate(rate_per_s) for _ in range(number)))
 
 
 def _check_rate(rate_per_s: float) -> None:

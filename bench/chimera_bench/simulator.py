@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop, heappush
 from itertools import count, pairwise
 from math import inf, isfinite
-from random import Random
 from typing import Any, assert_never
 
 from msgspec import Struct, field
@@ -201,17 +200,6 @@ def mean_outcome(workflow: Workflow, models: Sequence[str]) -> float | None:
             return None
         total += success
     return total / len(models)
-
-
-def poisson_arrivals(rate_per_s: float, number: int, seed: int) -> list[float]:
-    """Arrival times of a Poisson process from 0 on; equal seeds give equal times."""
-    if not (isfinite(rate_per_s) and rate_per_s > 0.0):
-        raise ValueError(f"the arrival rate must be more than 0 per second, not {rate_per_s}")
-    draw, now, times = Random(seed), 0.0, list[float]()
-    for _ in range(number):
-        now += draw.expovariate(rate_per_s)
-        times.append(now)
-    return times
 
 
 def simulate(

@@ -5,6 +5,7 @@ fixed memory; the inputs go there in one copy and the outputs come back in one. 
 Triton's interpreter in tests, the same launches run one by one. Knows no texts.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,6 +52,7 @@ class Bucket(NamedTuple):
     stages: int
 
 
+@cache
 def buckets() -> tuple[Bucket, ...]:
     """All buckets, from small to large.
 
@@ -269,7 +271,6 @@ class _Layout:
     """Where in the staging memory, counted in words of 32 bits, each input of a bucket lies."""
 
     def __init__(self, bucket: Bucket, numbers: int) -> None:
-        self._bucket = bucket
         stages = bucket.stages
         sizes = {
             "ids": bucket.tokens, "positions": bucket.tokens,

@@ -23,14 +23,20 @@ from chimera_bench.sim_predictions import (
     query,
     train_folds,
 )
-from chimera_bench.sim_workload import Gaps, Task, sample, synthetic_tasks, tasks_of
+from chimera_bench.sim_workload import (
+    Gaps,
+    Task,
+    poisson_arrivals,
+    sample,
+    synthetic_tasks,
+    tasks_of,
+)
 from chimera_bench.simulator import (
     EngineSetup,
     Result,
     Run,
     StageTruth,
     Workflow,
-    poisson_arrivals,
     simulate,
 )
 from chimera_daemon.config import Config

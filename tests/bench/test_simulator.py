@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from chimera_bench.sim_engine import EngineProfile, SimEngine
+from chimera_bench.sim_workload import poisson_arrivals
 from chimera_bench.simulator import (
     EngineSetup,
     Fault,
@@ -17,7 +18,6 @@ from chimera_bench.simulator import (
     StageTruth,
     Workflow,
     mean_outcome,
-    poisson_arrivals,
     simulate,
 )
 from chimera_daemon.config import Config
