@@ -145,8 +145,12 @@ def test_up_records_traces(tmp_path: Path) -> None:
             reply = await workflow.generate(ASK)
             await workflow.feedback(reply, True)
             await workflow.close(success=True)
-        up.process.send_signal(signal.SIGHUP)
-        await until(lambda: "written 1" in up.log.read_text(), "the state in the log")
+
+        def told() -> bool:  # asked again each time: the recorder writes in a thread of its own
+            up.process.send_signal(signal.SIGHUP)
+            return "written 1" in up.log.read_text()
+
+        await until(told, "the state in the log")
         async with connect(up.front) as client, client.workflow() as workflow:
             await workflow.generate(ASK)
         up.process.send_signal(signal.SIGTERM)
