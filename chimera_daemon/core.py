@@ -267,6 +267,11 @@ class Scheduler:
         """
         choice = self._choose(live)
         live.choice = choice
+        if choice.declined:
+            self._waiting -= 1
+            self._waiting_bytes -= live.stage.payload_bytes
+            self._fail(live, "declined", f"no model is worth its cost: {choice.reason}", False)
+            return
         if not choice.model:
             live.state = State.UNPLACED
             self._unplaced[live.key] = live
@@ -417,7 +422,7 @@ class Scheduler:
         """Give free slots to what waits for this model; ``freed`` is where one came free."""
         view, queue = model.view, model.queue
         while view.waiting and view.running < view.slots:
-            live = queue.pop()
+            live = self._next(model, freed)
             engine = freed
             if (
                 engine is None
@@ -432,6 +437,28 @@ class Scheduler:
                 queue.push(avoiding)
             self._dequeued(live, model)
             self._start(live, engine)
+
+    def _next(self, model: Model, freed: Engine | None) -> LiveStage:
+        """Take from the queue what runs next, ``freed`` having a slot for it if it is given.
+
+        To run elsewhere than where its prefix is cached is work, which counts as rank: the tokens
+        that could be written in the time of reading the prefix again.
+        """
+        queue = model.queue
+        if freed is None or not self._policy.spares_prefix or not isinstance(queue, RankQueue):
+            return queue.pop()
+        here, engines = freed.engine_id, model.engines
+        home = queue.first().workflow.engine
+        if home is None or home == here or home not in engines:
+            return queue.pop()
+        tokens = model.view.prefill_s_per_token / model.view.full_s_per_token
+
+        def lost(live: LiveStage) -> float:
+            workflow = live.workflow
+            home = workflow.engine
+            return workflow.context_tokens * tokens if home != here and home in engines else 0.0
+
+        return queue.pop_cheapest(lost)
 
     # Attempts end.
 

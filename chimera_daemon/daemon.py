@@ -431,6 +431,8 @@ class Daemon:
             submit.stream,
             submit.restart,
             submit.hints,
+            submit.tries,
+            submit.optional,
         )
         request = _Request(
             client, submit.request_id, payload, submit.max_tokens, submit.stream, stage

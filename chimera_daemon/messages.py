@@ -41,6 +41,7 @@ ErrorCode = Literal[
     "engine_error",  # the engine failed on this stage
     "slow_reader",  # the client did not read its stream in time
     "no_engine",  # a stage waited too long without any engine for it
+    "declined",  # an optional stage that is not worth its cost on any model
 ]
 
 
@@ -51,6 +52,13 @@ class Hints(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True)
     remaining_tokens: Tokens | None = None  # of this and all later stages
     remaining_stages: Annotated[int, Meta(ge=0, le=10_000)] | None = None  # after this one
     confidence: dict[str, Probability] | None = None  # per model
+
+
+class Tries(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Of a task that its client may do again after a failure; each try is a workflow of its own."""
+
+    failed: Annotated[tuple[Id, ...], Meta(max_length=64)] = ()  # models of earlier tries
+    left: Annotated[int, Meta(ge=0, le=100)] = 0  # tries that may still follow this one
 
 
 class Usage(Struct, frozen=True, forbid_unknown_fields=True):
@@ -159,6 +167,8 @@ class Submit(FrontMessage, frozen=True, tag="submit"):
     stream: bool = False
     restart: bool = False  # a stream that lost its engine may start again from nothing
     hints: Hints | None = None
+    tries: Tries | None = None
+    optional: bool = False  # decline it rather than run what is not worth its cost
 
 
 class Cancel(FrontMessage, frozen=True, tag="cancel"):
@@ -384,6 +394,8 @@ class Stage(Struct, frozen=True):
     stream: bool = False
     restart: bool = False
     hints: Hints | None = None
+    tries: Tries | None = None
+    optional: bool = False
 
     @property
     def key(self) -> StageKey:

@@ -6,11 +6,13 @@ Queues between which items move draw their tickets from one counter: otherwise a
 would come alive as soon as the item is given the same number there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
+from math import inf
 from typing import Generic, Protocol, TypeVar
 
 _SWEEP_AT = 64  # dead entries below this number are not worth a sweep
+_LOOK = 16  # items at the head of a queue that `pop_cheapest` weighs against each other
 
 
 class Waiting(Protocol):
@@ -53,6 +55,40 @@ class RankQueue(Generic[T]):
                 self._live -= 1
                 self.rounds += 1
                 return item
+
+    def first(self) -> T:
+        """What `pop` would take."""
+        heap = self._heap
+        while heap[0][3].ticket != heap[0][2]:
+            heappop(heap)
+        return heap[0][3]
+
+    def pop_cheapest(self, extra: Callable[[T], float]) -> T:
+        """Take the one of lowest ``rank + extra(item)`` among the first few, the earlier of equals.
+
+        ``extra`` is 0 or more. With a bound E on it nothing passes an item whose rank is lower by
+        more than E. The queue must not be empty.
+        """
+        heap, passed = self._heap, list[tuple[float, int, int, T]]()
+        best: tuple[float, int, int, T] | None = None
+        lowest = inf
+        while heap and len(passed) < _LOOK and heap[0][0] < lowest:
+            entry = heappop(heap)
+            if entry[3].ticket != entry[2]:
+                continue
+            passed.append(entry)
+            key = entry[0] + extra(entry[3])
+            if key < lowest:
+                best, lowest = entry, key
+        assert best is not None
+        for entry in passed:
+            if entry is not best:
+                heappush(heap, entry)
+        item = best[3]
+        item.ticket = -1
+        self._live -= 1
+        self.rounds += 1
+        return item
 
     def remove(self, item: T) -> None:
         """Take this one, which waits here."""

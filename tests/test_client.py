@@ -24,6 +24,7 @@ from chimera_daemon.client import (
     ClientClosed,
     Conflict,
     DaemonUnreachable,
+    Declined,
     EngineLost,
     Hints,
     Overloaded,
@@ -52,6 +53,7 @@ from chimera_daemon.messages import (
     Pong,
     Result,
     Submit,
+    Tries,
     Usage,
 )
 from chimera_daemon.wire import encode
@@ -188,6 +190,42 @@ def test_import_is_light() -> None:
         "print(sorted(heavy & set(sys.modules)))"
     )
     assert python("-c", code).stdout.strip() == "[]"
+
+
+def test_a_further_try_is_a_workflow_of_its_own_and_names_the_models_that_failed() -> None:
+    sent: list[tuple[str, str | None, Tries | None, bool]] = []
+
+    def answer(received: Received) -> None:
+        submit = received.submit
+        sent.append((submit.workflow_id, submit.kind, submit.tries, submit.optional))
+        if len(sent) == 4:
+            received.failure("declined")
+        else:
+            received.result("no")
+
+    async def body(front: FakeFront) -> None:
+        front.on_submit = answer
+        sent.clear()
+        async with connect(front.address) as client:
+            async with client.workflow("k", tries=2) as first:
+                await first.generate(ASK)
+                await first.generate(ASK, optional=True)
+            async with first.again() as second:
+                assert second.id != first.id
+                async with second.stream(ASK, optional=False) as stream:
+                    assert [text async for text in stream] == ["no"]
+            async with second.again("w-3") as third:
+                with pytest.raises(Declined) as caught:
+                    await third.generate(ASK)
+                assert not caught.value.retryable
+                await third.generate(ASK)
+        ids, kinds, tries, optional = (list(column) for column in zip(*sent, strict=True))
+        assert ids == [first.id, first.id, second.id, "w-3", "w-3"]
+        assert set(kinds) == {"k"}
+        assert tries == [Tries((), 1)] * 2 + [Tries(("small",), 0)] * 3
+        assert optional == [False, True, False, True, False]
+
+    run(body)
 
 
 # Errors.
@@ -343,6 +381,9 @@ def test_arguments_are_checked() -> None:
                 client.workflow(workflow_id="w" * 129)
             with pytest.raises(ValueError, match="128"):
                 client.workflow(workflow_id="")
+            for tries in (0, 101):
+                with pytest.raises(ValueError, match="1 to 100 times"):
+                    client.workflow(tries=tries)
             with pytest.raises(ValueError, match="success"):
                 await client.workflow().close(success=2.0)
             with pytest.raises(ValueError, match="positive"):

@@ -9,7 +9,7 @@ Imports msgspec, pyzmq and the standard library only: this is all that an agent 
             await workflow.close(success=reply.text.strip() == "4")
 """
 
-from chimera_daemon.client.aio import Client, Workflow, connect
+from chimera_daemon.client.aio import Client, connect
 from chimera_daemon.client.calls import Call, Reply, Stream
 from chimera_daemon.client.errors import (
     BadRequest,
@@ -18,6 +18,7 @@ from chimera_daemon.client.errors import (
     ClientClosed,
     Conflict,
     DaemonUnreachable,
+    Declined,
     Draining,
     EngineFailed,
     EngineLost,
@@ -33,6 +34,7 @@ from chimera_daemon.client.errors import (
     WorkflowClosed,
 )
 from chimera_daemon.client.sync import SyncClient, SyncStream, SyncWorkflow, connect_sync
+from chimera_daemon.client.workflow import Workflow
 from chimera_daemon.messages import Hints, Receipt, Usage
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "ClientClosed",
     "Conflict",
     "DaemonUnreachable",
+    "Declined",
     "Draining",
     "EngineFailed",
     "EngineLost",

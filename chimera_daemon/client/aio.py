@@ -12,11 +12,10 @@ Owns every request without an answer. Rules:
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from time import perf_counter
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 
@@ -31,10 +30,10 @@ from chimera_daemon.client.errors import (
     RequestTimeout,
     TooLarge,
     VersionMismatch,
-    WorkflowClosed,
     from_failure,
 )
 from chimera_daemon.client.link import Link
+from chimera_daemon.client.workflow import ASK_TIMEOUT_S, Workflow
 from chimera_daemon.messages import (
     PROTOCOL_VERSION,
     Cancel,
@@ -52,14 +51,12 @@ from chimera_daemon.messages import (
     StatusReply,
     Submit,
     ToClient,
+    Tries,
 )
 from chimera_daemon.wire import MAX_HEADER_BYTES, encode
 
 _log = logging.getLogger("chimera.client")
 
-Message = Mapping[str, Any]
-
-_encode_json = msgspec.json.Encoder().encode
 _decode_completion = msgspec.json.Decoder(Completion).decode
 _decode_delta = msgspec.json.Decoder(Delta).decode
 _decode_status = msgspec.json.Decoder(dict[str, Any]).decode
@@ -67,12 +64,9 @@ _BROKEN = (msgspec.MsgspecError, ValueError, RecursionError)
 
 CONNECT_TIMEOUT_S = 5.0
 GIVE_UP_S = 60.0
-ASK_TIMEOUT_S = 5.0
 MAX_PENDING = 10_000
 # What is queued when a client closes (cancels, closed workflows) may still be sent for so long.
 _LINGER_MS = 200
-_BACKOFF_S = 0.1
-_MAX_BACKOFF_S = 5.0
 
 
 class _Ask:
@@ -157,16 +151,24 @@ class Client:
         except TimeoutError:
             raise self._unreachable(timeout_s) from None
 
-    def workflow(self, kind: str | None = None, workflow_id: str | None = None) -> "Workflow":
+    def workflow(
+        self, kind: str | None = None, workflow_id: str | None = None, *, tries: int = 1
+    ) -> Workflow:
         """Start a workflow, best as ``async with client.workflow(...) as workflow``.
 
         ``kind`` is a free label of at most 64 characters that predictions learn by (such as
         ``"math"``). ``workflow_id``, 1 to 128 characters, must be unique; None makes one up.
+        ``tries``: how often you would do the task in all if it fails (`Workflow.again`); the policy
+        may then begin with a model that is less likely to succeed but quick to have tried.
         """
+        if not 1 <= tries <= 100:
+            raise ValueError(f"a task is tried 1 to 100 times, not {tries}")
+        return Workflow(self, workflow_id, kind, Tries(left=tries - 1) if tries > 1 else None)
+
+    def new_workflow_id(self) -> str:
+        """One that no other workflow has."""
         self._workflows += 1
-        if workflow_id is None:
-            workflow_id = f"{self.client_id[:16]}-{self._workflows}"
-        return Workflow(self, workflow_id, kind)
+        return f"{self.client_id[:16]}-{self._workflows}"
 
     def submit(
         self,
@@ -180,6 +182,8 @@ class Client:
         prompt_tokens: int | None = None,
         hints: Hints | None = None,
         restart: bool = False,
+        tries: Tries | None = None,
+        optional: bool = False,
         timeout_s: float | None = None,
     ) -> Call:
         """Send one stage with a payload that is already encoded; returns at once.
@@ -189,7 +193,17 @@ class Client:
         sent anything; every other error comes out of the `Call`.
         """
         request_id, frames = self._encode(
-            payload, workflow_id, stage, kind, model, max_tokens, prompt_tokens, hints, restart
+            payload,
+            workflow_id,
+            stage,
+            kind,
+            model,
+            max_tokens,
+            prompt_tokens,
+            hints,
+            restart,
+            tries,
+            optional,
         )
         call = Call(self, request_id, frames, stage)
         self._launch(call, timeout_s)
@@ -207,6 +221,8 @@ class Client:
         prompt_tokens: int | None = None,
         hints: Hints | None = None,
         restart: bool = False,
+        tries: Tries | None = None,
+        optional: bool = False,
         timeout_s: float | None = None,
     ) -> Stream:
         """As `submit`, with the text as it is written."""
@@ -220,6 +236,8 @@ class Client:
             prompt_tokens,
             hints,
             restart,
+            tries,
+            optional,
             stream=True,
         )
         stream = Stream(self, request_id, frames, stage, restart)
@@ -285,6 +303,8 @@ class Client:
         prompt_tokens: int | None,
         hints: Hints | None,
         restart: bool,
+        tries: Tries | None,
+        optional: bool,
         stream: bool = False,
     ) -> tuple[str, tuple[bytes, bytes]]:
         """The request's id and frames; refuses what cannot succeed before it costs anything."""
@@ -315,10 +335,14 @@ class Client:
                 stream=stream,
                 restart=restart,
                 hints=hints,
+                tries=tries,
+                optional=optional,
             )
         )
         if len(header) > MAX_HEADER_BYTES:
-            raise BadRequest(f"the hints are too long: the header is over {MAX_HEADER_BYTES} bytes")
+            raise BadRequest(
+                f"hints or tries are too long: the header is over {MAX_HEADER_BYTES} bytes"
+            )
         return request_id, (header, payload)
 
     def _launch(self, request: Pending, timeout_s: float | None) -> None:
@@ -411,6 +435,8 @@ class Client:
         except (*_BROKEN, IndexError):
             request.fail(ProtocolError("the answer's payload could not be read"))
             return
+        if request.models is not None:
+            request.models.add(result.model)
         request.finish(
             Reply(
                 text,
@@ -536,193 +562,6 @@ class Client:
         )
 
 
-class Workflow:
-    """One agent task: a chain of stages, numbered as they are asked for.
-
-    Made by `Client.workflow`, on the same loop.
-
-    Leaving its block closes it without an outcome unless `close` was called.
-    """
-
-    def __init__(self, client: Client, workflow_id: str, kind: str | None) -> None:
-        if not 1 <= len(workflow_id) <= 128:
-            raise ValueError("a workflow id has 1 to 128 characters")
-        if kind is not None and len(kind) > 64:
-            raise ValueError("a workflow kind has at most 64 characters")
-        self.id = workflow_id
-        self.kind = kind
-        self.stage = 0  # number of the next stage
-        self.closed = False
-        self._client = client
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self.closed:
-            return
-        if exc is not None:
-            self.closed = True
-            self._client.close_workflow_soon(self.id)
-            return
-        try:
-            await self.close()
-        except ChimeraError as error:
-            _log.warning("workflow %s: its end was not acknowledged: %s", self.id, error)
-
-    async def generate(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int = 256,
-        temperature: float = 0.0,
-        model: str | None = None,
-        stage: int | None = None,
-        hints: Hints | None = None,
-        timeout_s: float | None = None,
-        restart: bool = False,
-        retries: int = 0,
-        **sampling: Any,
-    ) -> Reply:
-        """Run the next stage and wait for its answer.
-
-        ``messages`` are OpenAI chat messages; ``sampling`` is passed to the engine (``top_p``,
-        ``stop``, ...). ``model`` pins the stage to a model, None lets the policy choose.
-        ``stage`` is only needed to repeat one that failed: None takes the next number.
-        ``timeout_s`` bounds the whole call, retries included; then the request is cancelled and
-        `RequestTimeout` raised. ``retries``: how often an error that is ``retryable`` is tried
-        again, after ``retry_after_s`` if the daemon gave it, else 0.1 s, doubling up to 5 s.
-        Cancelling the task cancels the request. Raises a subclass of `ChimeraError`.
-        """
-        payload = _payload(messages, max_tokens, temperature, sampling)
-        stage = self._number(stage)
-        deadline = None if timeout_s is None else self._client.loop.time() + timeout_s
-        backoff_s = _BACKOFF_S
-        while True:
-            try:
-                return await self._client.submit(
-                    payload,
-                    workflow_id=self.id,
-                    stage=stage,
-                    kind=self.kind,
-                    model=model,
-                    max_tokens=max_tokens,
-                    hints=hints,
-                    restart=restart,
-                    timeout_s=timeout_s,
-                )
-            except ChimeraError as error:
-                if retries <= 0 or not error.retryable:
-                    raise
-                pause_s = backoff_s if error.retry_after_s is None else error.retry_after_s
-                if deadline is not None:
-                    timeout_s = deadline - self._client.loop.time() - pause_s
-                    if timeout_s <= 0:
-                        raise
-            retries -= 1
-            backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
-            await asyncio.sleep(pause_s)
-
-    def submit(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int = 256,
-        temperature: float = 0.0,
-        model: str | None = None,
-        stage: int | None = None,
-        hints: Hints | None = None,
-        timeout_s: float | None = None,
-        restart: bool = False,
-        **sampling: Any,
-    ) -> Call:
-        """As `generate` without waiting: returns a `Call` to await or cancel. For many at once."""
-        return self._client.submit(
-            _payload(messages, max_tokens, temperature, sampling),
-            workflow_id=self.id,
-            stage=self._number(stage),
-            kind=self.kind,
-            model=model,
-            max_tokens=max_tokens,
-            hints=hints,
-            restart=restart,
-            timeout_s=timeout_s,
-        )
-
-    def stream(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int = 256,
-        temperature: float = 0.0,
-        model: str | None = None,
-        stage: int | None = None,
-        hints: Hints | None = None,
-        timeout_s: float | None = None,
-        restart: bool = False,
-        **sampling: Any,
-    ) -> Stream:
-        """Run the next stage and read its text as it is written; see `Stream`.
-
-        ``restart``: if the engine is lost after text was delivered, begin again from nothing
-        instead of failing. ``timeout_s`` bounds the whole stream. The rest is as for `generate`.
-        """
-        return self._client.stream(
-            _payload(messages, max_tokens, temperature, sampling),
-            workflow_id=self.id,
-            stage=self._number(stage),
-            kind=self.kind,
-            model=model,
-            max_tokens=max_tokens,
-            hints=hints,
-            restart=restart,
-            timeout_s=timeout_s,
-        )
-
-    async def feedback(self, answer: Reply | int, verdict: float | bool) -> None:
-        """Tell the predictor whether an answer was right, as soon as you know.
-
-        ``answer`` is the `Reply` or the stage's number, ``verdict`` a bool or a degree in [0, 1].
-        It helps to choose the model of the stages that follow. Sent without waiting for anything;
-        one for a workflow that the daemon does not know any more is ignored there.
-        """
-        if not 0.0 <= verdict <= 1.0:
-            raise ValueError("a verdict is a bool or a number from 0 to 1")
-        stage = answer.stage if isinstance(answer, Reply) else answer
-        if not 0 <= stage <= 100_000:
-            raise ValueError("a stage is numbered from 0 to 100,000")
-        self._client.feedback(self.id, stage, float(verdict))
-
-    async def close(
-        self, success: float | bool | None = None, timeout_s: float = ASK_TIMEOUT_S
-    ) -> None:
-        """End the workflow and report its outcome: a bool, a degree in [0, 1], or None if unknown.
-
-        Returns when the daemon has acknowledged it; raises `RequestTimeout` otherwise. Stages still
-        at work are cancelled by the daemon. Calling it again does nothing.
-        """
-        if success is not None and not 0.0 <= success <= 1.0:
-            raise ValueError("success is a bool or a number from 0 to 1")
-        if self.closed:
-            return
-        self.closed = True
-        outcome = None if success is None else float(success)
-        await self._client.close_workflow(self.id, outcome, timeout_s)
-
-    def _number(self, stage: int | None) -> int:
-        if self.closed:
-            raise WorkflowClosed(f"workflow {self.id} is closed")
-        if stage is None:
-            stage = self.stage
-        self.stage = max(self.stage, stage + 1)
-        return stage
-
-
 @asynccontextmanager
 async def connect(
     address: str,
@@ -742,10 +581,3 @@ async def connect(
         yield client
     finally:
         await client.close()
-
-
-def _payload(
-    messages: Sequence[Message], max_tokens: int, temperature: float, sampling: dict[str, Any]
-) -> bytes:
-    body = {"messages": messages, "max_tokens": max_tokens, "temperature": temperature}
-    return _encode_json({**body, **sampling} if sampling else body)

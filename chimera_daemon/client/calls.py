@@ -57,7 +57,7 @@ class Reply(Struct, frozen=True, gc=False):
 class Pending:
     """A request without an answer: its frames for sending again, and its timer if it has one."""
 
-    __slots__ = ("_owner", "frames", "request_id", "stage", "started", "timer")
+    __slots__ = ("_owner", "frames", "models", "request_id", "stage", "started", "timer")
 
     def __init__(
         self, owner: Owner, request_id: str, frames: tuple[bytes, bytes], stage: int
@@ -67,6 +67,7 @@ class Pending:
         self.stage = stage
         self.frames = frames
         self.timer: asyncio.TimerHandle | None = None
+        self.models: set[str] | None = None  # where the model that answers is to be noted
         self.started = perf_counter()
 
     def finish(self, reply: Reply) -> None:

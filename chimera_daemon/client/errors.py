@@ -119,6 +119,12 @@ class NoEngine(ChimeraError):
     retryable = True
 
 
+class Declined(ChimeraError):
+    """An optional stage is not worth its cost on any model, as things are: give the task up."""
+
+    code = "declined"
+
+
 # Found by the client itself.
 
 
@@ -169,6 +175,7 @@ _BY_CODE: dict[ErrorCode, type[ChimeraError]] = {
     "engine_error": EngineFailed,
     "slow_reader": SlowReader,
     "no_engine": NoEngine,
+    "declined": Declined,
 }
 
 

@@ -6,25 +6,23 @@ Owns that thread and nothing else. May be used from any number of threads.
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Coroutine, Generator, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from chimera_daemon.client.aio import (
-    ASK_TIMEOUT_S,
     CONNECT_TIMEOUT_S,
     GIVE_UP_S,
     MAX_PENDING,
     Client,
-    Workflow,
 )
 from chimera_daemon.client.calls import Reply, Stream
 from chimera_daemon.client.errors import ClientClosed
+from chimera_daemon.client.workflow import ASK_TIMEOUT_S, Message, Workflow
 from chimera_daemon.messages import Hints
 
 T = TypeVar("T")
-Message = Mapping[str, Any]
 
 
 class _Background:
@@ -156,6 +154,7 @@ class SyncWorkflow:
         hints: Hints | None = None,
         timeout_s: float | None = None,
         restart: bool = False,
+        optional: bool | None = None,
         retries: int = 0,
         **sampling: Any,
     ) -> Reply:
@@ -170,6 +169,7 @@ class SyncWorkflow:
                 hints=hints,
                 timeout_s=timeout_s,
                 restart=restart,
+                optional=optional,
                 retries=retries,
                 **sampling,
             )
@@ -186,6 +186,7 @@ class SyncWorkflow:
         hints: Hints | None = None,
         timeout_s: float | None = None,
         restart: bool = False,
+        optional: bool | None = None,
         **sampling: Any,
     ) -> SyncStream:
         """As `Workflow.stream`."""
@@ -200,10 +201,19 @@ class SyncWorkflow:
                 hints=hints,
                 timeout_s=timeout_s,
                 restart=restart,
+                optional=optional,
                 **sampling,
             )
 
         return SyncStream(self._background, self._background.run(start()))
+
+    def again(self, workflow_id: str | None = None) -> "SyncWorkflow":
+        """As `Workflow.again`."""
+
+        async def start() -> Workflow:
+            return self._workflow.again(workflow_id)
+
+        return SyncWorkflow(self._background, self._background.run(start()))
 
     def feedback(self, answer: Reply | int, verdict: float | bool) -> None:
         """As `Workflow.feedback`."""
@@ -221,11 +231,13 @@ class SyncClient:
         self._background = background
         self._client = client
 
-    def workflow(self, kind: str | None = None, workflow_id: str | None = None) -> SyncWorkflow:
+    def workflow(
+        self, kind: str | None = None, workflow_id: str | None = None, *, tries: int = 1
+    ) -> SyncWorkflow:
         """As `Client.workflow`; use it as ``with client.workflow(...) as workflow``."""
 
         async def start() -> Workflow:
-            return self._client.workflow(kind, workflow_id)
+            return self._client.workflow(kind, workflow_id, tries=tries)
 
         return SyncWorkflow(self._background, self._background.run(start()))
 

@@ -20,6 +20,7 @@ from chimera_daemon.messages import (
     ModelPrediction,
     Prediction,
     Profile,
+    Tries,
     WorkflowClosed,
 )
 from core_harness import POLICIES, PROFILE, Watched
@@ -97,6 +98,8 @@ class Machine(RuleBasedStateMachine):
         payload_bytes=st.integers(0, 10),
         stream=st.booleans(),
         restart=st.booleans(),
+        optional=st.booleans(),
+        tries=st.none() | st.builds(Tries, st.sampled_from([(), ("small",)]), st.integers(0, 1)),
     )
     def submit(self, predicted: Prediction, workflow: int, **fields: Any) -> None:
         fields["workflow_id"] = f"w{workflow}"

@@ -10,13 +10,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from chimera_daemon.config import Config, PaperConfig
-from chimera_daemon.messages import Dispatch, ModelPrediction, Prediction, Stage
+from chimera_daemon.messages import Dispatch, ModelPrediction, Prediction, Stage, Tries
 from chimera_daemon.policy import (
     NAMES,
     Choice,
     ClusterView,
     ModelView,
     WorkflowView,
+    after_failure,
     finish_and_delay_s,
     make_policy,
     remaining_given,
@@ -133,6 +134,90 @@ def test_the_score_is_confidence_less_price_times_relative_seconds() -> None:
     assert candidate.finish_s == pytest.approx(1.21)
     assert candidate.score == pytest.approx(0.6 - 0.5 * (1.21 + 0.11) / 1.0)
     assert (choice.model, choice.reason) == ("small", "score")
+
+
+@pytest.mark.parametrize(
+    ("number", "later", "gain"),
+    [
+        (0, 1.0, 0.4),  # it would do all of it
+        (2, 1.0, 0.2),  # two stages of four
+        (3, 0.0, 0.1),  # the last of four
+    ],
+)
+def test_a_model_that_takes_over_counts_by_its_share_of_the_stages(
+    number: int, later: float, gain: float
+) -> None:
+    predicted = prediction(small=predict(100, 0.3, later), large=predict(100, 0.7, later))
+    workflow = WorkflowView("w", "code", "small" if number else None)
+    models = [view(), view("large")]
+    policy = make_policy(Config(price=0.0))
+    choice = policy.choose(stage(stage=number), predicted, workflow, models, ClusterView())
+    small, large = choice.candidates
+    assert small.score == pytest.approx(0.3)
+    assert large.score - small.score == pytest.approx(gain)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "failed", "left"),
+    [
+        (0.4, 0.0, 0.4),  # what can do nothing says nothing by failing
+        (0.7, 0.4, 0.7 * 0.5 + 0.3 * 0.7),
+        (0.4, 0.4, 0.3 * 0.4),  # nested: nothing is left to a model no better
+        (0.2, 0.9, 0.3 * 0.2),
+        (1.0, 1.0, 0.3),
+    ],
+)
+def test_confidence_after_a_failure_by_hand(confidence: float, failed: float, left: float) -> None:
+    assert after_failure(confidence, failed) == pytest.approx(left)
+
+
+@given(q=st.floats(0.0, 1.0), more=st.floats(0.0, 1.0), failed=st.floats(0.0, 1.0))
+def test_a_failure_never_raises_confidence_and_keeps_order(
+    q: float, more: float, failed: float
+) -> None:
+    assert 0.0 <= after_failure(q, failed) <= q + 1e-12
+    assert after_failure(q, failed) <= after_failure(max(q, more), failed) + 1e-12
+    assert after_failure(q, max(failed, more)) <= after_failure(q, failed) + 1e-12
+
+
+def test_a_further_try_goes_to_another_model_with_what_is_left_of_its_confidence() -> None:
+    predicted = prediction(
+        small=predict(100, 0.3), medium=predict(100, 0.5), large=predict(100, 0.9)
+    )
+    models = [view(name) for name in ("small", "medium", "large")]
+    policy = make_policy(Config(price=0.0))
+    again = stage(tries=Tries(("small", "medium")))
+    choice = policy.choose(again, predicted, IDLE, models, ClusterView())
+    assert choice.model == "large"
+    assert [c.confidence for c in choice.candidates] == pytest.approx(
+        [0.0, 0.0, after_failure(0.9, 0.5)]
+    )
+
+
+def test_what_is_quick_to_have_tried_comes_first_if_there_is_another_try() -> None:
+    """Alone: .5 - .11 against .9 - .33, so large. With the other as second try: small."""
+    predicted = prediction(small=predict(10, 0.5), large=predict(30, 0.9))
+    models = [view(), view("large")]
+    for left, chosen in ((0, "large"), (1, "small")):
+        policy = make_policy(Config(price=1.0))
+        first = stage(prompt_tokens=0, tries=Tries(left=left))
+        choice = policy.choose(first, predicted, IDLE, models, ClusterView())
+        assert choice.model == chosen
+        small, large = (c.score for c in choice.candidates)
+        expected = 0.5 - 0.11 + left * 0.5 * (after_failure(0.9, 0.5) - 0.33)
+        assert small == pytest.approx(expected)
+        assert large == pytest.approx(0.9 - 0.33 + left * 0.1 * max(0, 0.15 - 0.11))
+
+
+def test_an_optional_stage_is_declined_if_no_model_is_worth_its_cost() -> None:
+    predicted = prediction(small=predict(100, 0.5), large=predict(100, 0.9))
+    models = [view(), view("large")]
+    for optional, price, declined in ((True, 1.0, True), (False, 1.0, False), (True, 0.5, False)):
+        policy = make_policy(Config(price=price))
+        choice = policy.choose(stage(optional=optional), predicted, IDLE, models, ClusterView())
+        assert choice.declined is declined
+        assert choice.model == ("" if declined else "large")
+        assert len(choice.candidates) == 2
 
 
 VIEWS = st.builds(

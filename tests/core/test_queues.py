@@ -102,6 +102,35 @@ def test_queues_do_what_naive_ones_do(rounds: int | None, steps: list[tuple[str,
         queue.pop()
 
 
+@given(
+    ranks=st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), min_size=1, max_size=16),
+    removed=st.integers(0, 15),
+)
+def test_the_cheapest_has_the_lowest_sum_and_the_rest_stays_in_order(
+    ranks: list[tuple[int, int]], removed: int
+) -> None:
+    queue = RankQueue[Item](count(1))
+    items = [Item(float(rank), n) for n, (rank, _) in enumerate(ranks)]
+    for item in items:
+        queue.push(item)
+    if removed < len(items) - 1:
+        queue.remove(items.pop(removed))
+    extras = {n: float(extra) for n, (_, extra) in enumerate(ranks)}
+    expected = min(items, key=lambda i: (i.rank + extras[i.arrival], i.rank, i.arrival))
+    assert queue.pop_cheapest(lambda item: extras[item.arrival]) is expected
+    assert (expected.ticket, len(queue)) == (-1, len(items) - 1)
+    items.remove(expected)
+    rest = sorted(items, key=lambda i: (i.rank, i.arrival))
+    assert [queue.pop() for _ in rest] == rest
+
+
+def test_the_cheapest_is_sought_among_the_first_sixteen() -> None:
+    queue = RankQueue[Item](count(1))
+    for number in range(17):
+        queue.push(Item(0.0, number))
+    assert queue.pop_cheapest(lambda item: 0.0 if item.arrival == 16 else 1.0).arrival == 0
+
+
 @pytest.mark.parametrize("rounds", [None, 3])
 def test_an_item_that_moved_to_another_queue_is_in_that_one_only(rounds: int | None) -> None:
     tickets = count(1)

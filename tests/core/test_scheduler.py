@@ -22,6 +22,7 @@ from chimera_daemon.messages import (
     Reply,
     StageCancelled,
     StageOutcome,
+    Tries,
     WakeAt,
     Woke,
     WorkflowClosed,
@@ -204,6 +205,53 @@ def test_a_workflow_goes_back_to_the_engine_that_has_its_prefix(scheduler: Make)
         s.submit()
     s.finish(first.attempt_id)
     assert dispatched(s.submit(workflow_id="w", stage=1)) == [("r5", first.engine_id)]
+
+
+@pytest.mark.parametrize(("tokens", "sent"), [(101.0, "other"), (102.0, "follower")])
+def test_a_freed_slot_goes_to_a_longer_stage_if_less_than_a_prefix_is_longer(
+    scheduler: Make, tokens: float, sent: str
+) -> None:
+    """To read 150 tokens again takes this engine as long as to write 1.4."""
+    s = scheduler()
+    s.join("a")
+    s.join("b")
+    (at_a,) = of(s.submit(workflow_id="w"), Dispatch)
+    (at_b,) = of(s.submit(), Dispatch)
+    s.finish(at_a.attempt_id)
+    assert dispatched(s.submit(request_id="blocks")) == [("blocks", "a")]
+    s.submit(prediction(small=predict(100.0)), workflow_id="w", stage=1, request_id="follower")
+    s.submit(prediction(small=predict(tokens)), request_id="other")
+    assert dispatched(s.finish(at_b.attempt_id)) == [(sent, "b")]
+
+
+def test_a_declined_stage_has_its_answer_and_leaves_nothing_behind(scheduler: Make) -> None:
+    s = scheduler(price=10.0)
+    s.join("e")
+    (refusal,) = of(s.submit(workflow_id="w", optional=True), Fail)
+    assert (refusal.key[1], refusal.code, refusal.retryable) == ("r1", "declined", False)
+    assert "worth" in refusal.message
+    assert of(s.submit(workflow_id="w", optional=True, request_id="r1"), Replay)
+    (sent,) = of(s.submit(workflow_id="w"), Dispatch)  # an engine is free, the workflow goes on
+    assert of(s.finish(sent.attempt_id), Reply)
+
+
+@pytest.mark.parametrize("why", ["pinned", "another policy", "no engine"])
+def test_what_is_no_matter_of_worth_is_not_declined(scheduler: Make, why: str) -> None:
+    s = scheduler(price=10.0, policy="least_loaded" if why == "another policy" else "chimera")
+    if why != "no engine":
+        s.join("e")
+    model = "small" if why == "pinned" else None
+    actions = s.submit(optional=True, model=model, tries=Tries(("small",)))
+    assert not of(actions, Fail)
+    assert bool(of(actions, Dispatch)) == (why != "no engine")
+
+
+def test_an_optional_stage_that_lost_its_engine_may_be_declined_then(scheduler: Make) -> None:
+    s = scheduler(price=0.1)
+    s.join("e")
+    s.join("slow", "large", profile=Profile(100.0, 0.0, 0.0))
+    assert dispatched(s.submit(optional=True)) == [("r1", "e")]
+    assert [f.code for f in of(s.lose("e"), Fail)] == ["declined"]
 
 
 def test_a_stage_goes_to_the_engine_that_owes_fewest_tokens(scheduler: Make) -> None:
