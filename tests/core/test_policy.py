@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from chimera_daemon.config import Config, PaperConfig
@@ -22,7 +22,7 @@ from chimera_daemon.policy import (
     make_policy,
     remaining_given,
 )
-from core_harness import Watched, dispatched, of, predict, prediction
+from core_harness import PROFILE, Watched, dispatched, of, predict, prediction
 
 Make = Callable[..., Watched]
 
@@ -359,6 +359,52 @@ def test_a_long_stage_starts_within_work_difference_by_aging_and_one_service(
             break
         assert s.now <= bound_s, "starved"
     assert s.now <= bound_s + service_s
+    s.finish_all()
+
+
+@given(data=st.data(), aging=st.sampled_from([1.0, 10.0, 200.0]))
+@settings(max_examples=50)
+def test_nothing_that_comes_too_late_passes_a_waiting_stage(
+    data: st.DataObject, aging: float
+) -> None:
+    """Whatever starts while a stage of W tokens waits came less than (W + E) / aging after it.
+
+    E: the tokens that its prefix is worth, which may be cached at one of the three engines.
+    """
+    s = Watched(aging_tokens_per_s=aging)
+    for name in "abc":
+        s.join(name)
+    worth = PROFILE.prefill_s_per_token / PROFILE.step(1)
+    stages, contexts = Counter[str](), dict[str, int]()
+    waiting: dict[str, tuple[float, float]] = {}  # arrival, rank at arrival and prefix together
+
+    def started(actions: list[Any]) -> None:
+        for sent in of(actions, Dispatch):
+            arrived_s, _ = waiting.pop(sent.key[1])
+            for since_s, tokens in waiting.values():
+                assert arrived_s - since_s <= tokens / aging + 1e-6, "passed by what came late"
+
+    for number in range(data.draw(st.integers(20, 60), label="events")):
+        s.now += data.draw(st.sampled_from([0.0, 0.1, 5.0]), label="seconds")
+        workflow = data.draw(st.sampled_from("uvwxyz"), label="workflow")
+        if s.attempts and data.draw(st.booleans(), label="finish"):
+            attempt_id = data.draw(st.sampled_from(sorted(s.attempts)), label="attempt")
+            whose = s.open[s.attempts[attempt_id][1]].stage.workflow_id
+            contexts[whose] = 150
+            started(s.finish(attempt_id, tokens=50))
+            continue
+        tokens = data.draw(st.sampled_from([1.0, 50.0, 900.0]), label="tokens")
+        waiting[f"q{number}"] = s.now, tokens + 150 * worth * bool(contexts.get(workflow))
+        predicted = prediction(small=predict(tokens))
+        started(
+            s.submit(
+                predicted,
+                workflow_id=workflow,
+                stage=stages[workflow],
+                request_id=f"q{number}",
+            )
+        )
+        stages[workflow] += 1
     s.finish_all()
 
 
