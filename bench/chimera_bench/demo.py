@@ -2,6 +2,8 @@
 
 import argparse
 import logging
+import math
+import shlex
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +24,7 @@ _TESTBED = Path(__file__).parent / "testbed" / "testbed.toml"
 # One run takes a little longer than its arrivals: the last ones still have to be answered.
 _ARRIVALS_S = 8.0
 _CALIBRATION_S = 12.0
+_LOAD = 2.0
 _QUICK_ARRIVALS_S = 6.0
 _QUICK_CALIBRATION_S = 6.0
 
@@ -31,15 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policies",
         metavar="A,B,...",
-        help=f"of: {', '.join(policy.NAMES)}; those that look at predictions also "
-        "as chimera:prior, without the learned ones (default: chimera, chimera:prior, paper, "
+        help=f"of: {', '.join(policy.NAMES)}; with knobs as chimera:price=0.3 or "
+        "paper:tau=0.5/1,delta_s=0.1, where each of 0.5/1 is a row; those that look at predictions "
+        "also as chimera:prior, without the learned ones (default: chimera, chimera:prior, paper, "
         "least_loaded and static for the first and the last model; with --chaos: chimera)",
     )
     parser.add_argument(
         "--workflows",
         type=int,
         metavar="N",
-        help=f"workflows per policy and seed (default: what arrives in {_ARRIVALS_S:g} s)",
+        help=f"workflows per policy, load and seed (default: what arrives in {_ARRIVALS_S:g} s)",
     )
     _add_load(parser)
     parser.add_argument(
@@ -58,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder for rows, plot and logs (default: runs/demo-TIME)",
     )
     parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE.md",
+        help="also write a Markdown page, with its picture beside it",
+    )
+    parser.add_argument(
         "--chaos",
         action="store_true",
         help="kill the busiest engine host with SIGKILL under load, and show what became of it all",
@@ -69,10 +79,12 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--load",
         type=float,
-        default=2.0,
+        nargs="+",
+        default=[_LOAD],
         metavar="X",
-        help="arrival rate as a share of the capacity that a calibration finds under uniform "
-        "routing; engines that share the work better take more (default: %(default)s)",
+        help="arrival rates, each as a share of the capacity that one calibration finds under "
+        "uniform routing; engines that share the work better take more "
+        f"(default: {_LOAD:g})",
     )
     parser.add_argument(
         "--rate",
@@ -126,10 +138,8 @@ def plan(arguments: argparse.Namespace) -> "Plan":
     """Options as one checked plan; raises `ConfigError`."""
     from chimera_bench.experiment import Plan
 
-    for name in ("workflows", "load", "rate", "seeds"):
-        value = getattr(arguments, name)
-        if value is not None and value <= 0:
-            raise configuration.ConfigError(f"--{name} must be positive, not {value}")
+    _refuse_bad_numbers(arguments)
+    _refuse_bad_report(arguments.report)
     config = _config(arguments.config or _TESTBED, arguments.engines)
     seeds = arguments.seeds or (1 if arguments.quick or arguments.chaos else 2)
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -137,14 +147,57 @@ def plan(arguments: argparse.Namespace) -> "Plan":
         config=config,
         variants=_variants(arguments.policies, arguments.chaos, config),
         out=arguments.out or Path("runs") / f"demo-{now}",
-        load=arguments.load,
+        loads=tuple(arguments.load),
         rate_per_s=arguments.rate,
         workflows=arguments.workflows,
         arrivals_s=_QUICK_ARRIVALS_S if arguments.quick else _ARRIVALS_S,
         calibration_s=_QUICK_CALIBRATION_S if arguments.quick else _CALIBRATION_S,
         seeds=tuple(range(arguments.seed, arguments.seed + seeds)),
         chaos=arguments.chaos,
+        report=arguments.report,
+        command=command_line(arguments),
     )
+
+
+def command_line(arguments: argparse.Namespace) -> str:
+    """What to type for these options; those that are as they are by default are left out."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = ["chimera", "demo"]
+    for name, default in vars(parser.parse_args([])).items():
+        value = getattr(arguments, name)
+        if value != default:
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [f"--{name}", *(str(each) for each in values)]
+    return shlex.join(words)
+
+
+def _refuse_bad_numbers(arguments: argparse.Namespace) -> None:
+    loads = arguments.load
+    given = [("load", load) for load in loads]
+    given += [(name, getattr(arguments, name)) for name in ("workflows", "rate", "seeds")]
+    for name, value in given:
+        if value is not None and not 0 < value < math.inf:
+            raise configuration.ConfigError(f"--{name} must be positive and finite, not {value}")
+    twice = [load for load in loads if loads.count(load) > 1]
+    if twice:
+        raise configuration.ConfigError(
+            f"--load: {twice[0]:g} is there twice; for more runs of it use --seeds"
+        )
+    if arguments.rate is not None and len(loads) > 1:
+        raise configuration.ConfigError(
+            "--rate is one arrival rate; with several loads leave it out"
+        )
+
+
+def _refuse_bad_report(path: Path | None) -> None:
+    """Before the engines start, and not after an hour of work."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise configuration.ConfigError(f"--report: make the folder {path.parent} first")
+    if path.suffix != ".md":
+        raise configuration.ConfigError(f"--report: the name must end in .md, not {path.name!r}")
 
 
 def _config(path: Path, names: str | None) -> configuration.Config:
@@ -215,11 +268,11 @@ def _cores(config: configuration.Config) -> tuple[int, ...]:
 def _variants(
     names: str | None, chaos: bool, config: configuration.Config
 ) -> "tuple[Variant, ...]":
-    from chimera_bench.variants import variant
+    from chimera_bench.variants import split, variants
 
     models = list(dict.fromkeys(engine.model for engine in config.engines))
     if names is not None:
-        chosen = [name.strip() for name in names.split(",") if name.strip()]
+        chosen = split(names)
     elif chaos:
         chosen = ["chimera"]
     else:
@@ -228,19 +281,5 @@ def _variants(
         chosen += [f"static:{models[0]}", f"static:{models[-1]}"]
     if not chosen:
         raise configuration.ConfigError("--policies: name at least one")
-    variants = [variant(name, config) for name in dict.fromkeys(chosen)]
-    for each in variants:
-        _check_policy(each.policy, models, config)
-    return tuple(variants)
-
-
-def _check_policy(name: str, models: list[str], config: configuration.Config) -> None:
-    try:
-        policy.make_policy(msgspec.structs.replace(config, policy=name))
-    except ValueError as error:
-        raise configuration.ConfigError(f"--policies: {error}") from error
-    kind, colon, model = name.partition(":")
-    if colon and kind == "static" and model not in models:
-        raise configuration.ConfigError(
-            f"--policies: no engine serves `{model}`; there are: {', '.join(models)}"
-        )
+    rows = [row for name in chosen for row in variants(name, config)]
+    return tuple({row.name: row for row in rows}.values())

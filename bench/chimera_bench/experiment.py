@@ -1,7 +1,7 @@
 """The demo's course: start engines, calibrate, run every policy on the same workflows, report.
 
 Owns the order of things and the output folder. What is sent is in `workload.py`, processes are in
-`cluster.py`, numbers in `summary.py`.
+`cluster.py`, what comes of it in `findings.py`.
 """
 
 import asyncio
@@ -15,23 +15,20 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from chimera_bench import chaos, machine, plot, quality, report, summary, workload
-from chimera_bench.cluster import Cluster
+from chimera_bench import chaos, findings, machine, workload
+from chimera_bench.cluster import Cluster, to_toml
 from chimera_bench.progress import Progress
 from chimera_bench.variants import Variant
 from chimera_bench.workload import Record
 from chimera_daemon.client import Client
-from chimera_daemon.config import Config, EngineConfig
+from chimera_daemon.config import Config
 
 _CALIBRATION_POLICY = "round_robin"
 _CALIBRATION_SEED = 0
 _MAX_IN_FLIGHT = 128  # workflows of the calibration
 _WARM_UP_SHARE = 0.3  # of the calibration is not counted: queues are filling
 _MIN_WORKFLOWS, _MAX_WORKFLOWS = 20, 5000
-_BUSY_LOAD = 0.7  # load average over the last minute that a quiet machine does not have
 _STRIKE_AT = 0.4  # share of workflows ended when `--chaos` strikes
-# Rows that are compared against all others; the second also as a baseline of the first.
-_OURS = ("chimera", "paper")
 
 
 class Terminated(Exception):
@@ -39,18 +36,37 @@ class Terminated(Exception):
 
 
 class Plan(Struct, frozen=True):
-    """What to run. ``rate_per_s`` None: ``load`` times the capacity that is calibrated."""
+    """What to run. ``rate_per_s`` None: each of ``loads`` times the capacity that is calibrated.
+
+    ``report`` is a Markdown page to write, ``command`` what it says it was made by.
+    """
 
     config: Config
     variants: tuple[Variant, ...]
     out: Path
-    load: float
+    loads: tuple[float, ...]
     rate_per_s: float | None
-    workflows: int | None  # per policy and seed; None: what arrives in ``arrivals_s``
+    workflows: int | None  # per policy, load and seed; None: what arrives in ``arrivals_s``
     arrivals_s: float
     calibration_s: float
     seeds: tuple[int, ...]
     chaos: bool = False
+    report: Path | None = None
+    command: str = "chimera demo"
+
+
+class Level(Struct, frozen=True):
+    """One arrival rate; ``load`` is None where the rate itself was given."""
+
+    load: float | None
+    rate_per_s: float
+    workflows: int  # per policy and seed
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        rate = f"{self.rate_per_s:g} workflows/s"
+        return rate if self.load is None else f"load {self.load:g}"
 
 
 class Calibration(Struct, frozen=True):
@@ -102,26 +118,53 @@ async def _conduct(plan: Plan, cluster: Cluster, progress: Progress) -> tuple[bo
     facts = {"run": plan.out.name, **machine.facts()}
     calibration = await _prepare(plan, cluster, progress)
     ready_s = time.monotonic() - began_s
-    rate = plan.rate_per_s or plan.load * _capacity(calibration)
-    number = plan.workflows or round(rate * plan.arrivals_s)
-    number = min(_MAX_WORKFLOWS, max(_MIN_WORKFLOWS, number)) if not plan.workflows else number
-    outcomes: dict[str, list[Outcome]] = {variant.name: [] for variant in plan.variants}
-    for turn, seed in enumerate(plan.seeds):
-        jobs = workload.jobs(number, rate, seed)
-        # There and back: what the machine changes slowly then hits all policies alike.
-        for variant in plan.variants if turn % 2 == 0 else reversed(plan.variants):
-            outcome = await _run(plan, cluster, progress, variant, seed, jobs)
-            outcomes[variant.name].append(outcome)
-            _write_workflows(plan, variant.name, seed, rate, facts, outcome)
-    load = {
-        "rate_per_s": rate,
-        "load": None if plan.rate_per_s else plan.load,
+    measured: list[tuple[Level, dict[str, list[Outcome]]]] = []
+    for level in _levels(plan, calibration):
+        measured.append((level, await _run_level(plan, cluster, progress, level, facts)))
+    facts |= {
         "calibration": msgspec.to_builtins(calibration),
         "ready_s": round(ready_s, 1),
         "total_s": round(time.monotonic() - began_s, 1),
     }
-    text = _report(plan, outcomes, {**facts, **load}, calibration)
-    return all(outcome.sound for runs in outcomes.values() for outcome in runs), text
+    found = [findings.examine(plan, level, o, _traces(plan, level)) for level, o in measured]
+    text = findings.write(plan, found, facts, calibration)
+    runs = (run for _, outcomes in measured for each in outcomes.values() for run in each)
+    return all(outcome.sound for outcome in runs), text
+
+
+def _levels(plan: Plan, calibration: Calibration) -> list[Level]:
+    if plan.rate_per_s is not None:
+        return [Level(None, plan.rate_per_s, _number(plan, plan.rate_per_s))]
+    rates = [(load, load * _capacity(calibration)) for load in plan.loads]
+    return [Level(load, rate, _number(plan, rate)) for load, rate in rates]
+
+
+def _number(plan: Plan, rate_per_s: float) -> int:
+    arriving = round(rate_per_s * plan.arrivals_s)
+    return plan.workflows or min(_MAX_WORKFLOWS, max(_MIN_WORKFLOWS, arriving))
+
+
+async def _run_level(
+    plan: Plan, cluster: Cluster, progress: Progress, level: Level, facts: Mapping[str, Any]
+) -> dict[str, list[Outcome]]:
+    """All policies with all seeds; outcomes per row of the table, one per seed."""
+    outcomes: dict[str, list[Outcome]] = {variant.name: [] for variant in plan.variants}
+    for turn, seed in enumerate(plan.seeds):
+        jobs = workload.jobs(level.workflows, level.rate_per_s, seed)
+        # There and back: what the machine changes slowly then hits all policies alike.
+        for variant in plan.variants if turn % 2 == 0 else reversed(plan.variants):
+            progress.phase(_phase(plan, variant, level, seed), len(jobs))
+            outcome = await _run(plan, cluster, progress, variant, jobs, _traces(plan, level))
+            outcomes[variant.name].append(outcome)
+            _write_workflows(plan, variant.name, seed, level, facts, outcome)
+    return outcomes
+
+
+def _phase(plan: Plan, variant: Variant, level: Level, seed: int) -> str:
+    words = [variant.name]
+    words += [level.name] if len(plan.loads) > 1 else []
+    words += [f"seed {seed}"] if len(plan.seeds) > 1 else []
+    return ", ".join(words)
 
 
 def _capacity(calibration: Calibration) -> float:
@@ -196,11 +239,9 @@ async def _run(
     cluster: Cluster,
     progress: Progress,
     variant: Variant,
-    seed: int,
     jobs: Sequence[workload.Job],
+    traces: Path,
 ) -> Outcome:
-    name = variant.name
-    progress.phase(name if len(plan.seeds) == 1 else f"{name}, seed {seed}", len(jobs))
     ended: list[Record] = []
     due = asyncio.Event()
 
@@ -213,8 +254,11 @@ async def _run(
         if len(ended) >= _STRIKE_AT * len(jobs):
             due.set()
 
-    options = [*variant.options, *_recording(plan, variant)]
-    async with cluster.daemon(variant.policy, options=options, log_name=name) as client:
+    options = [*variant.options, *_recording(variant, traces)]
+    # Each daemon reads the file at its start; engines are none of a knob's business.
+    written = to_toml(variant.applied(cluster.config))
+    (plan.out / "logs" / "config.toml").write_text(written, encoding="utf-8")
+    async with cluster.daemon(variant.policy, options=options, log_name=variant.name) as client:
         strike = asyncio.create_task(chaos.strike(client, cluster, due)) if plan.chaos else None
         try:
             records = await workload.run_open(client, jobs, on_end=on_end)
@@ -235,27 +279,28 @@ async def _run(
     return outcome
 
 
-def _recording(plan: Plan, variant: Variant) -> tuple[str, ...]:
+def _recording(variant: Variant, traces: Path) -> tuple[str, ...]:
     """Only what was learned is examined afterwards; see `quality`."""
     if variant.bundle is None:
         return ()
-    return ("--record", str(_traces(plan, variant.name).absolute()))
+    return ("--record", str((traces / variant.name).absolute()))
 
 
-def _traces(plan: Plan, name: str) -> Path:
-    return plan.out / "traces" / name
+def _traces(plan: Plan, level: Level) -> Path:
+    return plan.out / "traces" / level.name.replace("/", " per ")
 
 
 def _write_workflows(
     plan: Plan,
     policy: str,
     seed: int,
-    rate: float,
+    level: Level,
     facts: Mapping[str, Any],
     outcome: Outcome,
 ) -> None:
     """One row per workflow, at once: an interrupted demo keeps what it has measured."""
-    common = {"row": "workflow", "policy": policy, "seed": seed, "rate_per_s": rate}
+    common: dict[str, Any] = {"row": "workflow", "policy": policy, "seed": seed}
+    common |= {"load": level.load, "rate_per_s": level.rate_per_s}
     common |= {key: facts[key] for key in ("run", "machine", "commit", "time", "versions")}
     rows = (
         {**common, **msgspec.to_builtins(r), "output_tokens": r.output_tokens, "lost": r.lost}
@@ -264,113 +309,12 @@ def _write_workflows(
     machine.append_rows(plan.out / "workflows.jsonl", rows)
 
 
-def _report(
-    plan: Plan,
-    outcomes: Mapping[str, Sequence[Outcome]],
-    facts: Mapping[str, Any],
-    calibration: Calibration,
-) -> str:
-    """Write rows, plot and text; return the text."""
-    runs = {policy: [o.records for o in each] for policy, each in outcomes.items()}
-    summaries = summary.summarise(runs)
-    ours = [policy for policy in _OURS if policy in runs]
-    pairs = [(p, b) for p in ours for b in runs if b != p and (p, b) != ("paper", "chimera")]
-    comparisons = summary.compare(runs, pairs)
-    qualities = [
-        quality.judge(v.name, v.bundle, runs, _traces(plan, v.name))
-        for v in plan.variants
-        if v.bundle is not None
-    ]
-    rows: list[dict[str, Any]] = []
-    for s in summaries:
-        seen = [msgspec.to_builtins(o.seen) for o in outcomes[s.policy]]
-        strikes = [msgspec.to_builtins(o.strike) for o in outcomes[s.policy] if o.strike]
-        row = {"row": "policy", **facts, "seeds": plan.seeds, **msgspec.to_builtins(s)}
-        rows.append({**row, "stages": seen, "strikes": strikes})
-    rows += [{"row": "comparison", **facts, **msgspec.to_builtins(c)} for c in comparisons]
-    rows += [{"row": "predictions", **facts, **msgspec.to_builtins(q)} for q in qualities]
-    machine.append_rows(plan.out / "summary.jsonl", rows)
-    text = _text(plan, outcomes, facts, calibration, summaries, comparisons, qualities)
-    (plan.out / "report.txt").write_text(text + "\n", encoding="utf-8")
-    title = f"{facts['machine']}; {facts['rate_per_s']:.1f} workflows/s, " + ", ".join(
-        f"{e.model}" for e in plan.config.engines
-    )
-    latencies_s = {
-        policy: [r.latency_s for run in each for r in run if r.latency_s is not None]
-        for policy, each in runs.items()
-    }
-    plot.draw(plan.out / "demo.png", summaries, latencies_s, title)
-    return text
-
-
-def _text(
-    plan: Plan,
-    outcomes: Mapping[str, Sequence[Outcome]],
-    facts: Mapping[str, Any],
-    calibration: Calibration,
-    summaries: Sequence[summary.PolicySummary],
-    comparisons: Sequence[summary.Comparison],
-    qualities: Sequence[quality.Quality],
-) -> str:
-    parts = [_setting(plan, facts, calibration, summaries), report.policies_table(summaries)]
-    if qualities:
-        parts.append("\n".join(report.predictions(q) for q in qualities))
-    if len(plan.seeds) > 1:
-        parts.append(report.by_seed(summaries))
-    if comparisons:
-        parts.append(report.comparisons_table(comparisons))
-        parts.append("\n".join(report.verdict(c) for c in comparisons))
-    for policy, each in outcomes.items():
-        for outcome in each:
-            if plan.chaos or not outcome.sound:
-                state = "sound" if outcome.sound else "NOT SOUND"
-                told = chaos.describe(outcome.strike, outcome.seen, outcome.counters)
-                parts.append(f"{policy}: {state}\n{told}")
-    return "\n\n".join(parts)
-
-
-def _setting(
-    plan: Plan,
-    facts: Mapping[str, Any],
-    calibration: Calibration,
-    summaries: Sequence[summary.PolicySummary],
-) -> str:
-    versions = facts["versions"]
-    vllm = next((f"{n} {v}" for n, v in versions.items() if n.startswith("vllm")), "no vLLM")
-    lines = [f"{facts['machine']}; commit {facts['commit']}; {vllm}"]
-    engines = ", ".join(_engine_words(e) for e in plan.config.engines)
-    lines.append(f"engines: {engines}; started and calibrated in {facts['ready_s']} s")
-    lines.append(
-        f"the same {summaries[0].workflows} workflows for every policy (seeds {list(plan.seeds)}), "
-        f"Poisson arrivals at {facts['rate_per_s']:.2f} workflows/s"
-    )
-    lines.append(
-        f"  = {facts['rate_per_s'] / _capacity(calibration):.2g} x the "
-        f"{calibration.capacity_per_s:.2f} workflows/s that uniform routing reached, "
-        f"{calibration.in_flight} at a time ({calibration.tokens_per_s:.0f} output tokens/s)"
-    )
-    if facts["load_1m"] > _BUSY_LOAD:
-        lines.append(
-            f"OTHER WORK was on this machine: a load average of {facts['load_1m']:g} on "
-            f"{facts['cores']} cores before the start"
-        )
-    lines.append(
-        "brackets: 95 % intervals over the workflows of these runs, for chance in tasks and order;"
-        "\n  what the machine changes from run to run is not in them: compare seeds, add --seeds"
-    )
-    if (late_s := max(s.client_late_s for s in summaries)) > 0.0:
-        lines.append(f"the client itself was late by up to {late_s:.2f} s, which counts as latency")
-    return "\n".join(lines)
-
-
-def _engine_words(engine: EngineConfig) -> str:
-    cores = f", cores {','.join(map(str, engine.cpus))}" if engine.cpus else ""
-    return f"{engine.name} ({engine.model}, {engine.kind}{cores})"
-
-
 def _where(plan: Plan) -> str:
-    return (
-        f"rows:  {plan.out / 'summary.jsonl'}, {plan.out / 'workflows.jsonl'}\n"
-        f"plot:  {plan.out / 'demo.png'}\n"
-        f"text:  {plan.out / 'report.txt'}   logs: {plan.out / 'logs'}"
-    )
+    lines = [
+        f"rows:  {plan.out / 'summary.jsonl'}, {plan.out / 'workflows.jsonl'}",
+        f"plot:  {plan.out / 'demo.png'}",
+        f"text:  {plan.out / 'report.txt'}   logs: {plan.out / 'logs'}",
+    ]
+    if plan.report is not None:
+        lines.append(f"page:  {plan.report}, {plan.report.with_suffix('.png')}")
+    return "\n".join(lines)

@@ -1,24 +1,48 @@
-"""The demo's results as text for a reader: tables, and a verdict computed from the intervals.
+"""Results of a demo as words and tables: for a terminal, for Markdown, and a verdict.
 
 Pure functions from summaries to strings; files and plots are made elsewhere.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 from chimera_bench.quality import Quality
-from chimera_bench.summary import Comparison, Interval, PolicySummary
+from chimera_bench.summary import Comparison, Interval, PolicySummary, Relative
 
 Row = Sequence[str]
+_Figures = TypeVar("_Figures", PolicySummary, Relative)
+
+
+class Grid(NamedTuple):
+    """Cells as they are shown; the first column is left aligned."""
+
+    head: Row
+    rows: Sequence[Row]
+
+    def plain(self) -> str:
+        """For a terminal."""
+        return table(self.head, self.rows)
+
+    def markdown(self) -> str:
+        """For a page."""
+        rule = ("---", *("---:" for _ in self.head[1:]))
+        lines = (self.head, rule, *self.rows)
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def policies_table(summaries: Sequence[PolicySummary]) -> str:
+    """`policies` for a terminal."""
+    return policies(summaries).plain()
+
+
+def policies(summaries: Sequence[PolicySummary]) -> Grid:
     """One line per policy; brackets hold 95 % intervals, latencies are in seconds."""
     models = sorted({model for s in summaries for model in s.stage_share})
     head = (
-        *("policy", "success %", "mean s", "P50", "P95", "ms/token"),
+        *("policy", "success %", "mean s", "P50", "P95", "P99", "ms/token"),
         *(f"% {model}" for model in models),
-        *("tok/s", "queue s", "errors", "retried"),
+        *("tok/s", "queue s", "longest wait s", "errors", "retried"),
     )
     rows = [
         (
@@ -27,16 +51,52 @@ def policies_table(summaries: Sequence[PolicySummary]) -> str:
             _show(s.latency_mean_s, 2),
             _number(s.latency_s["p50"], 2),
             _number(s.latency_s["p95"], 2),
+            _number(s.latency_s["p99"], 2),
             _show(s.ms_per_token, 1),
             *(f"{100 * s.stage_share.get(model, 0.0):.0f}" for model in models),
             _number(s.tokens_per_s, 0),
             _number(s.queue_mean_s, 3),
+            _number(s.queue_longest_s, 2),
             str(s.errors),
             str(s.retried_stages),
         )
         for s in summaries
     ]
-    return table(head, rows)
+    return Grid(head, rows)
+
+
+def across_loads(
+    summaries: Mapping[str, Sequence[PolicySummary]], relatives: Mapping[str, Sequence[Relative]]
+) -> list[tuple[str, Grid]]:
+    """One titled grid per figure: a line per policy, a column per load, which the keys name.
+
+    Ratios and differences are there where there was a baseline to make them by.
+    """
+    grids = [
+        ("mean latency, s", _by_load(summaries, lambda s: _show(s.latency_mean_s, 2))),
+        ("P95, s", _by_load(summaries, lambda s: _number(s.latency_s["p95"], 2))),
+        ("success, %", _by_load(summaries, lambda s: _show(s.success, 1, 100.0))),
+    ]
+    baseline = next((r.baseline for each in relatives.values() for r in each), None)
+    if baseline is None:
+        return grids
+    below = f"divided by that of {baseline} (below 1 is faster)"
+    return [
+        *grids,
+        (f"mean latency {below}", _by_load(relatives, lambda r: _show(r.latency_mean, 2))),
+        (f"P95 {below}", _by_load(relatives, lambda r: _show(r.latency_p95, 2))),
+        (
+            f"success minus that of {baseline}, points",
+            _by_load(relatives, lambda r: _show(r.success_gain, 1, 100.0, "+")),
+        ),
+    ]
+
+
+def _by_load(found: Mapping[str, Sequence[_Figures]], cell: Callable[[_Figures], str]) -> Grid:
+    columns = [{row.policy: cell(row) for row in rows} for rows in found.values()]
+    return Grid(
+        ("policy", *found), [(name, *(column[name] for column in columns)) for name in columns[0]]
+    )
 
 
 def by_seed(summaries: Sequence[PolicySummary]) -> str:

@@ -48,6 +48,7 @@ class PolicySummary(Struct, frozen=True):
     latency_s: dict[str, float]  # p20, p50, p80, p95, p99
     ms_per_token: Interval
     queue_mean_s: float  # per stage, in the daemon
+    queue_longest_s: float  # of any stage, in the daemon: starvation
     service_mean_s: float  # per stage, at the engine
     tokens_per_s: float  # output tokens of all engines, first arrival to last answer
     span_s: float
@@ -63,6 +64,16 @@ class Comparison(Struct, frozen=True):
     baseline: str
     latency_ratio: Interval  # mean workflow latency, baseline / policy
     per_token_ratio: Interval  # mean ms per output token, baseline / policy
+    success_gain: Interval  # policy - baseline
+
+
+class Relative(Struct, frozen=True):
+    """Latencies of ``policy`` divided by those of ``baseline``, paired: below 1 is faster."""
+
+    policy: str
+    baseline: str
+    latency_mean: Interval
+    latency_p95: Interval
     success_gain: Interval  # policy - baseline
 
 
@@ -87,6 +98,24 @@ def compare(
     picks = _picks(runs, seed, draws)
     columns = {policy: _columns(seeds) for policy, seeds in runs.items()}
     return [_comparison(p, b, columns[p], columns[b], picks) for p, b in pairs]
+
+
+def relative(runs: Runs, baseline: str, seed: int = 0, draws: int = DRAWS) -> list[Relative]:
+    """Every other policy by ``baseline``; workflows that either did not answer are left out."""
+    picks = _picks(runs, seed, draws)
+    columns = {policy: _columns(seeds) for policy, seeds in runs.items()}
+    theirs = columns[baseline]
+    return [
+        Relative(
+            policy=policy,
+            baseline=baseline,
+            latency_mean=_ratio(_mean, ours.latency_s, theirs.latency_s, picks),
+            latency_p95=_ratio(percentile_95, ours.latency_s, theirs.latency_s, picks),
+            success_gain=_gain(ours, theirs, picks),
+        )
+        for policy, ours in columns.items()
+        if policy != baseline
+    ]
 
 
 def block_picks(sizes: Sequence[int], draws: int, seed: int) -> NDArray[np.intp]:
@@ -150,6 +179,7 @@ def _summary(
         latency_s=percentiles(columns.latency_s),
         ms_per_token=_interval(_mean, picks, columns.ms_per_token),
         queue_mean_s=_average([s.queue_s for s in stages]),
+        queue_longest_s=max((s.queue_s for s in stages), default=math.nan),
         service_mean_s=_average([s.service_s for s in stages]),
         tokens_per_s=sum(s.output_tokens for s in stages) / span_s if span_s else math.nan,
         span_s=span_s,
@@ -180,6 +210,18 @@ def percentiles(values: Floats) -> dict[str, float]:
     return {f"p{level}": float(v) for level, v in zip(levels, found, strict=True)}
 
 
+def percentile_95(values: Floats) -> Any:
+    """Of what is not NaN, along the last axis, interpolated linearly; NaN where nothing is left."""
+    ordered = np.sort(values, axis=-1)  # NaN comes last
+    there = (~np.isnan(ordered)).sum(axis=-1)
+    place = np.asarray(0.95 * np.maximum(there - 1, 0))
+    below = np.floor(place).astype(np.intp)
+    above = np.ceil(place).astype(np.intp)
+    lower = np.take_along_axis(ordered, below[..., None], axis=-1)[..., 0]
+    upper = np.take_along_axis(ordered, above[..., None], axis=-1)[..., 0]
+    return lower + (place - below) * (upper - lower)
+
+
 def _span_s(records: Sequence[Record]) -> float:
     ends = [record.end_s for record in records if record.end_s is not None]
     return max(ends) - min(r.arrive_s for r in records) if ends else 0.0
@@ -196,20 +238,28 @@ def _success_by_model(records: Sequence[Record]) -> dict[str, float]:
 def _comparison(
     policy: str, baseline: str, ours: _Columns, theirs: _Columns, picks: NDArray[np.intp]
 ) -> Comparison:
-    def ratio(numerator: Floats, denominator: Floats) -> Interval:
-        both = np.isnan(numerator) | np.isnan(denominator)
-        upper, lower = np.where(both, np.nan, numerator), np.where(both, np.nan, denominator)
-        return _interval(lambda a, b: _mean(a) / _mean(b), picks, upper, lower)
-
     return Comparison(
         policy=policy,
         baseline=baseline,
-        latency_ratio=ratio(theirs.latency_s, ours.latency_s),
-        per_token_ratio=ratio(theirs.ms_per_token, ours.ms_per_token),
-        success_gain=_interval(
-            lambda a, b: _mean(a) - _mean(b), picks, ours.success, theirs.success
-        ),
+        latency_ratio=_ratio(_mean, theirs.latency_s, ours.latency_s, picks),
+        per_token_ratio=_ratio(_mean, theirs.ms_per_token, ours.ms_per_token, picks),
+        success_gain=_gain(ours, theirs, picks),
     )
+
+
+def _ratio(
+    statistic: Callable[[Floats], Any],
+    numerator: Floats,
+    denominator: Floats,
+    picks: NDArray[np.intp],
+) -> Interval:
+    either = np.isnan(numerator) | np.isnan(denominator)
+    upper, lower = np.where(either, np.nan, numerator), np.where(either, np.nan, denominator)
+    return _interval(lambda a, b: statistic(a) / statistic(b), picks, upper, lower)
+
+
+def _gain(ours: _Columns, theirs: _Columns, picks: NDArray[np.intp]) -> Interval:
+    return _interval(lambda a, b: _mean(a) - _mean(b), picks, ours.success, theirs.success)
 
 
 def _interval(statistic: Callable[..., Any], picks: NDArray[np.intp], *columns: Floats) -> Interval:

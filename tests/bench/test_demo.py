@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -68,6 +69,13 @@ def sockets_of(out: Path) -> str:
     return str(Path(front.removeprefix("ipc://")).parent)
 
 
+def conducted(plan: Any) -> bool:
+    """With a short calibration."""
+    from chimera_bench.experiment import conduct
+
+    return conduct(msgspec.structs.replace(plan, calibration_s=1.0))
+
+
 def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -117,14 +125,76 @@ def test_calibration_sets_the_rate(echo_toml: Path, tmp_path: Path) -> None:
             "round_robin",
         )  # fmt: skip
     )
-    from chimera_bench.experiment import conduct
-
-    assert conduct(msgspec.structs.replace(given, calibration_s=1.0))
+    assert conducted(given)
     (row,) = rows(tmp_path / "out" / "summary.jsonl")
     capacity = row["calibration"]["capacity_per_s"]
     assert capacity > 1.0
     assert row["rate_per_s"] == pytest.approx(0.5 * capacity)
     assert row["load"] == 0.5
+
+
+def test_several_loads_share_a_calibration_and_make_a_page(echo_toml: Path, tmp_path: Path) -> None:
+    out, page = tmp_path / "out", tmp_path / "page.md"
+    given = ("--config", str(echo_toml), "--out", str(out), "--report", str(page))
+    given += ("--load", "0.2", "0.4", "--workflows", "3", "--seeds", "2")
+    plan = demo.plan(arguments(*given, "--policies", "round_robin,least_loaded,chimera:price=0.7"))
+    assert conducted(plan)
+
+    workflows = rows(out / "workflows.jsonl")
+    there = ["round_robin", "least_loaded", "chimera price=0.7"]
+    cells = [(row["load"], row["seed"], row["policy"]) for row in workflows]
+    assert list(dict.fromkeys(cells)) == [
+        (load, seed, policy)
+        for load in (0.2, 0.4)
+        for seed, order in ((1, there), (2, there[::-1]))
+        for policy in order
+    ]
+    assert all(cells.count(cell) == 3 for cell in cells)
+
+    summary = rows(out / "summary.jsonl")
+    (capacity,) = {row["calibration"]["capacity_per_s"] for row in summary}
+    assert all(r["rate_per_s"] == pytest.approx(r["load"] * capacity) for r in summary)
+    kinds = [(row["row"], row["load"]) for row in summary]
+    assert all(kinds.count(("policy", load)) == 3 for load in (0.2, 0.4))
+    relative = [row for row in summary if row["row"] == "relative"]
+    assert [(row["policy"], row["baseline"]) for row in relative] == 2 * [
+        ("round_robin", "least_loaded"), ("chimera price=0.7", "least_loaded"),
+    ]  # fmt: skip
+
+    said = page.read_text()
+    assert plan.command in said
+    assert "--load 0.2 0.4" in plan.command
+    assert "seeds 1, 2" in said
+    assert f"{capacity:.2f} workflows/s" in said
+    assert "| policy | load 0.2 | load 0.4 |" in said
+    assert "## Mean latency divided by that of least_loaded" in said
+    assert "longest wait s" in said
+    assert "![" in said
+    assert "(page.png)" in said
+    assert (tmp_path / "page.png").read_bytes() == (out / "demo.png").read_bytes()
+    assert "load 0.2  " in (out / "report.txt").read_text()
+
+
+def test_a_daemon_is_told_the_knobs_of_its_row(echo_toml: Path, tmp_path: Path) -> None:
+    def price_after(name: str, policies: str) -> float:
+        out = tmp_path / name
+        given = ("--config", str(echo_toml), "--out", str(out), "--workflows", "2", "--rate", "40")
+        given += ("--seeds", "1", "--policies", policies)
+        assert conducted(demo.plan(arguments(*given)))
+        return configuration.load(out / "logs" / "config.toml").price
+
+    assert price_after("knob", "round_robin,chimera:price=0.7") == 0.7
+    assert price_after("plain", "chimera:price=0.7,round_robin") == Config().price
+
+
+def test_the_command_line_says_what_is_not_by_default() -> None:
+    given = ["--policies", "chimera,paper:tau=1,delta_s=0.1", "--load", "0.5", "0.9", "--quick"]
+    given += ["--out", "a folder", "--seeds", "3"]
+    said = shlex.split(demo.command_line(arguments(*given)))
+    assert said[:2] == ["chimera", "demo"]
+    assert arguments(*said[2:]) == arguments(*given)
+    assert "--seed" not in said
+    assert demo.command_line(arguments()) == "chimera demo"
 
 
 @pytest.mark.slow
@@ -200,7 +270,14 @@ def test_an_engine_that_cannot_start_is_told(
         (("--policies", "chimera:prior"), "no bundle is configured"),
         (("--engines", "s,x"), "there are: s, l"),
         (("--load", "0"), "--load must be positive"),
+        (("--load", "0.5", "-1"), "--load must be positive and finite, not -1"),
+        (("--load", "nan"), "--load must be positive and finite, not nan"),
+        (("--load", "0.5", "1", "0.50"), "--load: 0.5 is there twice"),
+        (("--load", "0.5", "1", "--rate", "9"), "--rate is one arrival rate"),
+        (("--rate", "inf"), "--rate must be positive"),
         (("--workflows", "-3"), "--workflows must be positive"),
+        (("--report", "no/such/folder/page.md"), "make the folder no/such/folder first"),
+        (("--report", "page.txt"), "must end in .md"),
     ],
 )
 def test_bad_options_are_named(echo_toml: Path, given: tuple[str, ...], named: str) -> None:
