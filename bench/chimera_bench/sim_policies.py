@@ -23,6 +23,8 @@ _SHORT = {"router": "router_only"}
 # Settings that differ in these alone are one curve.
 _DIALS = {"chimera": ("price",), "paper": ("tau", "delta_s")}
 _PREDICTIONS = "predictions"
+# What clients do; the same for all policies unless said otherwise.
+_CLIENT_KNOBS = ("tries", "optional")
 
 
 def settings(
@@ -55,7 +57,7 @@ def common_knobs(written: Sequence[str]) -> dict[str, str]:
     knobs: dict[str, str] = {}
     for text in written:
         knobs |= _pairs(text, "--set")
-    known = [*paths(""), *(key for name in policy.NAMES for key in paths(name))]
+    known = [*paths(""), *(key for name in policy.NAMES for key in paths(name)), *_CLIENT_KNOBS]
     _refuse_unknown(knobs, known, "--set")
     return knobs
 
@@ -98,12 +100,21 @@ def _setting(
 
     where, places = f"--policy {label!r}", paths(base)
     _refuse_misspelt(base, where, models)
-    _refuse_unknown(knobs, [*places, _PREDICTIONS], where)
-    shared = {key: value for key, value in common.items() if key in places}
-    config = _config(base, {places[key]: value for key, value in (shared | dict(knobs)).items()})
+    _refuse_unknown(knobs, [*places, _PREDICTIONS, *_CLIENT_KNOBS], where)
+    every = {**common, **knobs}
+    config = _config(base, {places[key]: value for key, value in every.items() if key in places})
     dials = _DIALS.get(base, ())
     fixed = {key: value for key, value in knobs.items() if key not in dials}
-    return Setting(_named(label, knobs), _named(label, fixed), config, predictions)
+    tries = _whole("tries", every.get("tries", "1"), 1, 100, where)
+    optional = _whole("optional", every.get("optional", "0"), 0, 1, where)
+    name, sweep = _named(label, knobs), _named(label, fixed)
+    return Setting(name, sweep, config, predictions, tries, bool(optional))
+
+
+def _whole(key: str, text: str, least: int, most: int, where: str) -> int:
+    if not (text.isdigit() and least <= int(text) <= most):
+        raise ConfigError(f"{where}: `{key}` is a whole number from {least} to {most}, not {text}")
+    return int(text)
 
 
 def _named(label: str, knobs: Mapping[str, str]) -> str:

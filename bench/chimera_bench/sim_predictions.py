@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from chimera_bench.sim_workload import Sample, Task, contexts
-from chimera_bench.simulator import Outcome, Run, StageTruth, Workflow, mean_outcome
+from chimera_bench.simulator import (
+    Outcome,
+    Run,
+    StageTruth,
+    Workflow,
+    first_workflow_id,
+    mean_outcome,
+)
 from chimera_daemon.config import Config
 from chimera_daemon.messages import (
     LEVELS,
@@ -81,7 +88,8 @@ class _Recalling:
     def prediction(self, stage: Stage) -> Prediction:
         """See `Predicting`."""
         workflow = stage.workflow_id
-        return self._answer(self._tasks[workflow], self._histories.get(workflow, ()))
+        task = self._tasks[first_workflow_id(workflow)]
+        return self._answer(task, self._histories.get(workflow, ()))
 
     def predict(self, stage: Stage, payload: bytes, deliver: Deliver) -> None:
         """See `Predictor`. The payload is not looked at."""

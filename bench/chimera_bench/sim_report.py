@@ -1,39 +1,48 @@
 """What simulations have shown, for readers: tables on a terminal, a picture, one page, rows.
 
-Owns how figures look. Everything is made of one `Report`, which has no figure of its own.
+Owns how figures look. Everything is made of `Report`s, which have no figure of their own.
 """
 
 import base64
 import html
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import msgspec
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from msgspec import Struct
 
 from chimera_bench.sim_summary import Comparison, Frontier, LoadSummary, Summary
 from chimera_bench.summary import Interval
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 _COLOURS = (
     *("#c0392b", "#2471a3", "#1e8449", "#b7950b", "#7d3c98", "#d35400", "#117a65", "#5d4037"),
     *("#e84393", "#34495e"),
 )
 _MARKS = "osD^vPX*<>"
+_BARS_ALPHA = 0.3  # bars of many settings would hide the points
 _PLAIN_WIDTH = 240  # columns, where there is no terminal to ask
 
 
 class Report(Struct, frozen=True):
-    """All figures. ``facts`` of machine and run go into every row, ``notes`` above the tables."""
+    """All figures of a cluster, which ``name`` is the name of.
+
+    ``facts`` of machine and run go into every row, ``notes`` above the tables.
+    """
 
     title: str
     notes: list[str]
     facts: dict[str, Any]
     loads: list[LoadSummary]
+    name: str = ""
 
 
 class Table(NamedTuple):
@@ -45,12 +54,12 @@ class Table(NamedTuple):
     caption: str
 
 
-def tables(report: Report) -> Iterator[Table]:
-    """Per load: figures, comparisons, frontiers."""
+def tables(report: Report, brief: bool = False) -> Iterator[Table]:
+    """Per load: figures, comparisons unless ``brief``, frontiers."""
     for each in report.loads:
         where = f"load {each.load} ({each.rate_per_s:.2f} workflows/s)"
         yield _figures(where, each.summaries)
-        if each.comparisons:
+        if each.comparisons and not brief:
             yield _comparisons(where, each.comparisons)
         if each.frontiers:
             yield _frontiers(where, each.frontiers)
@@ -63,16 +72,16 @@ def _figures(where: str, summaries: Sequence[Summary]) -> Table:
     rows = [
         (
             s.setting,
-            _show(s.success, 1, 100.0),
-            _show(s.latency_mean_s, 2),
-            _number(s.latency_p50_s.value, 1),
-            _show(s.latency_p95_s, 1),
-            _show(s.latency_p99_s, 1),
-            _show(s.ms_per_token, 1),
+            shown(s.success, 1, 100.0),
+            shown(s.latency_mean_s, 2),
+            number(s.latency_p50_s.value, 1),
+            shown(s.latency_p95_s, 1),
+            shown(s.latency_p99_s, 1),
+            shown(s.ms_per_token, 1),
             _parts(s.stage_share, models),
             _parts(s.utilisation, engines),
             _parts(s.occupied, engines),
-            _number(s.longest_wait_s, 1),
+            number(s.longest_wait_s, 1),
             str(sum(s.errors.values())),
         )
         for s in summaries
@@ -89,11 +98,11 @@ def _comparisons(where: str, comparisons: Sequence[Comparison]) -> Table:
     rows = [
         (
             c.setting,
-            _show(c.latency_ratio, 3),
-            _show(c.p95_ratio, 3),
-            _show(c.p99_ratio, 3),
-            _show(c.per_token_ratio, 3),
-            _show(c.success_gain, 1, 100.0, "+"),
+            shown(c.latency_ratio, 3),
+            shown(c.p95_ratio, 3),
+            shown(c.p99_ratio, 3),
+            shown(c.per_token_ratio, 3),
+            shown(c.success_gain, 1, 100.0, "+"),
         )
         for c in comparisons
     ]
@@ -108,10 +117,10 @@ def _frontiers(where: str, frontiers: Sequence[Frontier]) -> Table:
         (
             f.sweep,
             str(len(f.settings)),
-            _show(f.hypervolume, 3),
-            _show(f.latency_ratio, 3),
-            _show(f.p95_ratio, 3),
-            _show(f.success_gain, 1, 100.0, "+"),
+            shown(f.hypervolume, 3),
+            shown(f.latency_ratio, 3),
+            shown(f.p95_ratio, 3),
+            shown(f.success_gain, 1, 100.0, "+"),
         )
         for f in frontiers
     ]
@@ -128,35 +137,48 @@ def _parts(shares: Mapping[str, float], names: Sequence[str]) -> str:
     return "/".join(f"{100.0 * shares.get(name, 0.0):.0f}" for name in names)
 
 
-def _show(interval: Interval, digits: int, scale: float = 1.0, sign: str = "") -> str:
+def shown(interval: Interval, digits: int, scale: float = 1.0, sign: str = "") -> str:
+    """A figure with its interval in brackets, - for none."""
     value, low, high = (
-        _number(scale * x, digits, sign) for x in (interval.value, interval.low, interval.high)
+        number(scale * x, digits, sign) for x in (interval.value, interval.low, interval.high)
     )
     return value if low == high == "-" else f"{value} [{low}, {high}]"
 
 
-def _number(value: float, digits: int, sign: str = "") -> str:
+def number(value: float, digits: int, sign: str = "") -> str:
+    """A figure, - for none."""
     return "-" if math.isnan(value) else f"{value:{sign}.{digits}f}"
 
 
-def show(report: Report, output: TextIO) -> None:
+def show(report: Report, output: TextIO, brief: bool = False) -> None:
     """Title, notes and tables as text."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as Grid
-
-    console = Console(file=output, width=None if output.isatty() else _PLAIN_WIDTH, highlight=False)
+    console = _console(output)
     console.print(report.title, markup=False)
     for note in report.notes:
         console.print(f"  {note}", markup=False)
-    for table in tables(report):
+    show_tables(tables(report, brief), output)
+
+
+def show_tables(shown_ones: Iterable[Table], output: TextIO) -> None:
+    """Tables as text."""
+    from rich import box
+    from rich.table import Table as Grid
+
+    console = _console(output)
+    for table in shown_ones:
         grid = Grid(box=box.SIMPLE, title=table.title, title_justify="left", title_style="bold")
-        for number, name in enumerate(table.head):
-            grid.add_column(name, justify="right" if number else "left", overflow="fold")
+        for place, name in enumerate(table.head):
+            grid.add_column(name, justify="right" if place else "left", overflow="fold")
         for row in table.rows:
             grid.add_row(*(cell.replace("[", r"\[") for cell in row))
         console.print(grid)
         console.print(f"  {table.caption}\n", markup=False, style="dim")
+
+
+def _console(output: TextIO) -> "Console":
+    from rich.console import Console
+
+    return Console(file=output, width=None if output.isatty() else _PLAIN_WIDTH, highlight=False)
 
 
 def rows(report: Report) -> Iterator[dict[str, Any]]:
@@ -169,11 +191,15 @@ def rows(report: Report) -> Iterator[dict[str, Any]]:
             ("frontier", each.frontiers),
         ):
             for struct in structs:
-                yield {"row": kind, **common, **_without_nan(msgspec.to_builtins(struct))}
+                yield {"row": kind, **common, **plain(struct)}
+
+
+def plain(struct: Struct) -> dict[str, Any]:
+    """As JSON can be: NaN is null."""
+    return _without_nan(msgspec.to_builtins(struct))
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: null."""
     if isinstance(value, dict):
         return {key: _without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -184,50 +210,75 @@ def _without_nan(value: Any) -> Any:
 # The picture.
 
 
-def draw(report: Report) -> bytes:
-    """A PNG: success against mean latency, one panel per load; settings of a sweep are joined."""
-    number = len(report.loads)
-    columns = number if number <= 3 else math.isqrt(number - 1) + 1
-    lines = -(-number // columns)
+def draw(reports: Sequence[Report], dpi: int = 120) -> bytes:
+    """A PNG: success against mean latency, one panel per load, of several reports a line each.
+
+    Points of a sweep are joined where no other one of it is both faster and better.
+    """
+    several = len(reports) > 1
+    loads = [(report, each) for report in reports for each in report.loads]
+    count = len(reports[0].loads)
+    columns = count if several or count <= 3 else math.isqrt(count - 1) + 1
+    lines = -(-len(loads) // columns)
     figure = Figure(figsize=(5.2 * columns + 1.0, 4.6 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
-    sweeps = list(dict.fromkeys(s.sweep for each in report.loads for s in each.summaries))
-    for panel, each in zip(panels, report.loads, strict=False):
-        _panel(panel, each, sweeps)
-    for panel in panels[number:]:
+    sweeps = list(dict.fromkeys(s.sweep for _, each in loads for s in each.summaries))
+    for panel, (report, each) in zip(panels, loads, strict=False):
+        _panel(panel, each, sweeps, f"cluster {report.name}, " if several else "")
+    for panel in panels[len(loads) :]:
         panel.set_axis_off()
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=min(len(sweeps), 6), fontsize=9
     )
     bars = "bars: 95 % intervals; differences between policies are paired and more certain"
-    figure.suptitle(f"{report.title}\n{bars}", fontsize=9)
+    titles = "\n".join(report.title for report in reports)
+    figure.suptitle(f"{titles}\n{bars}", fontsize=9)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 
-def _panel(axes: Axes, each: LoadSummary, sweeps: Sequence[str]) -> None:
-    for number, sweep in enumerate(sweeps):
+def _panel(axes: Axes, each: LoadSummary, sweeps: Sequence[str], where: str) -> None:
+    for place, sweep in enumerate(sweeps):
         points = [s for s in each.summaries if s.sweep == sweep and s.latency_mean_s.value > 0.0]
-        points.sort(key=lambda s: s.latency_mean_s.value)
+        front = _undominated(points)
+        mark, colour = _MARKS[place % len(_MARKS)], _COLOURS[place % len(_COLOURS)]
         axes.errorbar(
-            [s.latency_mean_s.value for s in points],
-            [100.0 * s.success.value for s in points],
-            xerr=_bars([s.latency_mean_s for s in points]),
-            yerr=_bars([s.success for s in points], 100.0),
-            fmt=f"{_MARKS[number % len(_MARKS)]}-",
-            color=_COLOURS[number % len(_COLOURS)],
+            [s.latency_mean_s.value for s in front],
+            [100.0 * s.success.value for s in front],
+            xerr=_bars([s.latency_mean_s for s in front]),
+            yerr=_bars([s.success for s in front], 100.0),
+            fmt=f"{mark}-",
+            color=colour,
             markersize=6,
             linewidth=1.2,
+            ecolor=to_rgba(colour, _BARS_ALPHA),
             elinewidth=0.6,
             capsize=2,
             label=sweep,
         )
-    axes.set_title(f"load {each.load}: {each.rate_per_s:.2f} workflows/s", fontsize=10)
+        others = [s for s in points if s not in front]
+        axes.plot(
+            [s.latency_mean_s.value for s in others],
+            [100.0 * s.success.value for s in others],
+            mark,
+            color=colour,
+            markersize=4,
+            alpha=0.35,
+        )
+    axes.set_title(f"{where}load {each.load}: {each.rate_per_s:.2f} workflows/s", fontsize=10)
     axes.set_xlabel("mean workflow latency, s (left is better)")
     axes.set_ylabel("success, % (up is better)")
     axes.grid(alpha=0.3)
+
+
+def _undominated(points: Sequence[Summary]) -> list[Summary]:
+    front: list[Summary] = []
+    for point in sorted(points, key=lambda s: (s.latency_mean_s.value, -s.success.value)):
+        if not front or point.success.value > front[-1].success.value:
+            front.append(point)
+    return front
 
 
 def _bars(intervals: Sequence[Interval], scale: float = 1.0) -> list[list[float]]:
@@ -254,20 +305,27 @@ p.caption, footer { color: #555; font-size: .8rem; } img { max-width: 100%; }
 """
 
 
-def page(report: Report) -> str:
-    """One HTML page that needs no other file."""
-    picture = base64.b64encode(draw(report)).decode()
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in report.notes)
-    body = "".join(_section(table) for table in tables(report))
-    facts = "; ".join(f"{key}: {value}" for key, value in report.facts.items())
-    title = html.escape(report.title)
+def page(reports: Sequence[Report], over_all: Sequence[Table]) -> str:
+    """One HTML page that needs no other file; tables ``over_all`` reports come first."""
+    picture = base64.b64encode(draw(reports)).decode()
+    title = html.escape(reports[0].title)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1>"
-        f'<ul>{notes}</ul><img alt="success against mean workflow latency" '
-        f'src="data:image/png;base64,{picture}">{body}'
-        f"<footer>{html.escape(facts)}</footer></body></html>\n"
+        f"<title>{title}</title><style>{_STYLE}</style></head><body>"
+        '<img alt="success against mean workflow latency" '
+        f'src="data:image/png;base64,{picture}">{"".join(map(_section, over_all))}'
+        f"{''.join(map(_chapter, reports))}</body></html>\n"
+    )
+
+
+def _chapter(report: Report) -> str:
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in report.notes)
+    body = "".join(_section(table) for table in tables(report))
+    facts = "; ".join(f"{key}: {value}" for key, value in report.facts.items())
+    return (
+        f"<h1>{html.escape(report.title)}</h1><ul>{notes}</ul>{body}"
+        f"<footer>{html.escape(facts)}</footer>"
     )
 
 
@@ -282,11 +340,13 @@ def _section(table: Table) -> str:
     )
 
 
-def write(report: Report, plot: Path | None, page_at: Path | None) -> None:
+def write(
+    reports: Sequence[Report], over_all: Sequence[Table], plot: Path | None, page_at: Path | None
+) -> None:
     """Write the picture and the page where they are wanted."""
     if plot is not None:
         plot.parent.mkdir(parents=True, exist_ok=True)
-        plot.write_bytes(draw(report))
+        plot.write_bytes(draw(reports))
     if page_at is not None:
         page_at.parent.mkdir(parents=True, exist_ok=True)
-        page_at.write_text(page(report), encoding="utf-8")
+        page_at.write_text(page(reports, over_all), encoding="utf-8")

@@ -34,7 +34,7 @@ _NEVER_S = 1e8  # heartbeats of engines that have nothing to say
 
 
 class Setting(Struct, frozen=True):
-    """A row of the table: a policy with its knobs, and what it is told.
+    """A row of the table: a policy with its knobs, what it is told, and what clients do.
 
     ``sweep`` is the name without the policy's dial: settings of one sweep are one curve.
     """
@@ -43,6 +43,8 @@ class Setting(Struct, frozen=True):
     sweep: str
     config: Config
     predictions: str
+    tries: int = 1  # of a task whose failure the client sees
+    optional: bool = False  # any stage may be declined
 
 
 class Load(Struct, frozen=True):
@@ -66,6 +68,7 @@ class Plan(Struct, frozen=True):
     arrivals: str = "poisson"
     arrivals_folder: Path | None = None
     gaps: Gaps = Gaps()
+    seen: float = 1.0  # share of failures that clients see
 
     @property
     def models(self) -> list[str]:
@@ -99,6 +102,7 @@ class Columns(Struct):
     preemptions: int
     span_s: float
     events: int  # of core and engines
+    tries: NDArray[np.intp]  # per workflow
 
 
 class Bounds(Struct):
@@ -140,7 +144,7 @@ def draw(ground: Ground, load: Load, seed: int) -> Sample:
     times = sim_workload.arrivals(
         plan.arrivals, ground.rate_per_s(load), plan.workflows, seed, plan.arrivals_folder
     )
-    return sim_workload.sample(ground.tasks, times, seed)
+    return sim_workload.sample(ground.tasks, times, seed, plan.seen)
 
 
 def source(ground: Ground, name: str, seed: int, progress: Progress | None = None) -> Source:
@@ -230,6 +234,8 @@ class _Worker:
             sample.workflows,
             predicting.prediction,
             observers=[predicting],
+            tries=setting.tries,
+            optional=setting.optional,
         )
         task = [self._numbers[_key(sample.tasks[w.workflow_id])] for w in result.workflows]
         return _columns(result, task, plan.setups)
@@ -277,6 +283,7 @@ def _columns(result: Result, task: Sequence[int], setups: Sequence[EngineSetup])
         sum(engine.preemptions for engine in result.engines),
         result.span_s,
         result.core_events + result.engine_events,
+        np.array([w.tries for w in workflows], dtype=np.intp),
     )
 
 

@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 DRAWS = 1000
 _LEVEL = 95.0
 _PERCENTILES = (50, 95, 99)
-_AT_ONCE = 64  # draws whose weights of all workflows are in memory together
+_BLOCK = 128  # workflows
 
 
 class Summary(Struct, frozen=True):
@@ -106,7 +106,22 @@ def summarise_load(
     measured by: if it was not run, there are no frontiers.
     """
     weights = make_weights(len(bounds.idle_s), len(rows[0].seeds), draws)
+    return figures(draw_load(rows, bounds, reference, weights), rate_per_s, baseline, reference)
+
+
+def draw_load(
+    rows: Sequence[Row], bounds: Bounds, reference: str, weights: "Weights"
+) -> "LoadDraws":
+    """What all figures of one load are made of; see `summarise_load`."""
     drawn = {row.setting: draws_of(row, weights) for row in rows}
+    base = next((row for row in rows if row.setting == reference), None)
+    edges = None if base is None else corners(base, drawn[reference], bounds, weights)
+    return LoadDraws(rows, drawn, edges)
+
+
+def figures(load: "LoadDraws", rate_per_s: float, baseline: str, reference: str) -> LoadSummary:
+    """The figures of one load; ``reference`` is the one that it was drawn with."""
+    rows, drawn = load.rows, load.drawn
     base = next(row for row in rows if row.setting == baseline)
     return LoadSummary(
         base.load,
@@ -117,26 +132,25 @@ def summarise_load(
             for row in rows
             if row is not base
         ],
-        _frontiers(rows, drawn, reference, bounds, weights),
+        _frontiers(load, reference),
     )
 
 
-def _frontiers(
-    rows: Sequence[Row],
-    drawn: "Mapping[str, Drawn]",
-    reference: str,
-    bounds: Bounds,
-    weights: "Weights",
-) -> list[Frontier]:
-    base = next((row for row in rows if row.setting == reference), None)
-    if base is None:
+def _frontiers(load: "LoadDraws", reference: str) -> list[Frontier]:
+    if load.corners is None:
         return []
-    edges = corners(base, drawn[reference], bounds, weights)
+    base = next(row for row in load.rows if row.setting == reference)
     sweeps: dict[str, list[Row]] = {}
-    for row in rows:
+    for row in load.rows:
         sweeps.setdefault(row.sweep, []).append(row)
     return [
-        frontier(of_it, [drawn[row.setting] for row in of_it], base, drawn[reference], edges)
+        frontier(
+            of_it,
+            [load.drawn[row.setting] for row in of_it],
+            base,
+            load.drawn[reference],
+            load.corners,
+        )
         for of_it in sweeps.values()
     ]
 
@@ -150,6 +164,23 @@ class Drawn(Struct, frozen=True):
     p99_s: Floats
     ms_per_token: Floats
     success: Floats
+
+
+class Corners(Struct, frozen=True):
+    """What a hypervolume is measured between, per draw; see `hypervolume`."""
+
+    worst_latency_s: Floats
+    worst_success: Floats
+    best_latency_s: Floats
+    best_success: Floats
+
+
+class LoadDraws(Struct, frozen=True):
+    """Rows of one load with their statistics; no ``corners`` where the reference was not run."""
+
+    rows: Sequence[Row]
+    drawn: Mapping[str, Drawn]  # by setting
+    corners: Corners | None
 
 
 class Weights(Struct, frozen=True):
@@ -200,21 +231,40 @@ def weighted_mean(
 def weighted_percentiles(
     tasks: Sequence[NDArray[np.intp]], values: Sequence[Floats], weights: Weights
 ) -> list[Floats]:
-    """P50, P95 and P99 per draw: the least value that this share of the workflows does not pass."""
+    """P50, P95 and P99 per draw: the least value that this share of the workflows does not pass.
+
+    Found in two steps: the block of ascending values, then the place in it.
+    """
     value, task = np.concatenate(values), np.concatenate(tasks)
     seed = np.repeat(np.arange(len(values)), [len(each) for each in values])
     order = np.argsort(value)[: int((~np.isnan(value)).sum())]  # NaN comes last
     value, task, seed = value[order], task[order], seed[order]
-    rows = len(weights.tasks)
-    found = np.full((len(_PERCENTILES), rows), np.nan)
-    for start in range(0, rows, _AT_ONCE):
-        chunk = slice(start, start + _AT_ONCE)
-        passed = np.cumsum(weights.tasks[chunk][:, task] * weights.seeds[chunk][:, seed], axis=1)
-        for draw, ascending in enumerate(passed, start):
-            if ascending.size and ascending[-1] > 0.0:
-                shares = np.array(_PERCENTILES) / 100.0 * ascending[-1]
-                found[:, draw] = value[np.searchsorted(ascending, shares)]
+    until = np.cumsum(_block_weights(task, seed, weights), axis=1)  # [1 + draws, blocks]
+    whole = until[:, -1] if until.size else np.zeros(len(until))
+    found = np.full((len(_PERCENTILES), len(until)), np.nan)
+    for line, percent in zip(found, _PERCENTILES, strict=True):
+        wanted = percent / 100.0 * whole
+        block = (until < wanted[:, None]).sum(axis=1)
+        for draw in np.flatnonzero(whole > 0.0):
+            inside = slice(block[draw] * _BLOCK, (block[draw] + 1) * _BLOCK)
+            each = weights.tasks[draw, task[inside]] * weights.seeds[draw, seed[inside]]
+            before = until[draw, block[draw] - 1] if block[draw] else 0.0
+            place = np.searchsorted(before + np.cumsum(each), wanted[draw])
+            line[draw] = value[inside][place]
     return list(found)
+
+
+def _block_weights(task: NDArray[np.intp], seed: NDArray[np.intp], weights: Weights) -> Floats:
+    """Of every `_BLOCK` workflows together, per draw; whole numbers, so that sums are exact."""
+    blocks, number = -(-len(task) // _BLOCK), weights.tasks.shape[1]
+    block = np.arange(len(task)) // _BLOCK
+    total = np.zeros((len(weights.tasks), blocks))
+    for one in range(weights.seeds.shape[1]):
+        of_it = seed == one
+        counts = np.bincount(block[of_it] * number + task[of_it], minlength=blocks * number)
+        by_task = counts.reshape(blocks, number).astype(np.float64)
+        total += weights.seeds[:, one, None] * (weights.tasks @ by_task.T)
+    return total
 
 
 def interval(draws: Floats) -> Interval:
@@ -273,15 +323,6 @@ def compare(row: Row, baseline: Row, ours: Drawn, theirs: Drawn) -> Comparison:
     )
 
 
-class Corners(Struct, frozen=True):
-    """What a hypervolume is measured between, per draw; see `hypervolume`."""
-
-    worst_latency_s: Floats
-    worst_success: Floats
-    best_latency_s: Floats
-    best_success: Floats
-
-
 def corners(baseline: Row, theirs: Drawn, bounds: Bounds, weights: Weights) -> Corners:
     """Of the workflows of a load; ``baseline`` is the run whose latency twice is the worst."""
     tasks = [columns.task for columns in baseline.seeds]
@@ -298,25 +339,26 @@ def corners(baseline: Row, theirs: Drawn, bounds: Bounds, weights: Weights) -> C
     )
 
 
-def hypervolume(
-    points: Sequence[tuple[float, float]],
-    worst: tuple[float, float],
-    best: tuple[float, float],
-) -> float:
-    """Area that points (latency, success) dominate, seen from ``worst``; 1 is what ``best`` does.
+def hypervolume(latency_s: Floats, success: Floats, edges: Corners) -> Floats:
+    """Area that points `[points, draws]` dominate, seen from the worst corner; `[draws]`.
 
-    Latency is better when low, success when high. What is not better than ``worst`` in both counts
-    nothing. In our use the worst is (twice the least-loaded policy's mean latency, the success of
-    the worst model), the best (the latency of the fastest choice on idle engines, the share of
-    tasks that any model solves): nothing gets there, as engines are not idle.
+    1 is what the best corner alone would dominate. Latency is better when low, success when high.
+    What is not better than the worst corner in both counts nothing. In our use the worst is (twice
+    the least-loaded policy's mean latency, the success of the worst model), the best (the latency
+    of the fastest choice on idle engines, the share of tasks that any model solves): nothing gets
+    there, as engines are not idle.
     """
-    area, reached = 0.0, worst[1]
-    for latency, success in sorted(points, key=lambda p: (p[0], -p[1])):
-        if latency < worst[0] and success > reached:
-            area += (worst[0] - latency) * (success - reached)
-            reached = success
-    whole = (worst[0] - best[0]) * (best[1] - worst[1])
-    return area / whole if whole > 0.0 else math.nan
+    usable = (latency_s < edges.worst_latency_s) & (success > edges.worst_success)  # never NaN
+    latency_s = np.where(usable, latency_s, edges.worst_latency_s)
+    success = np.where(usable, success, edges.worst_success)
+    order = np.argsort(latency_s, axis=0)
+    wide = edges.worst_latency_s - np.take_along_axis(latency_s, order, axis=0)
+    reached = np.maximum.accumulate(np.take_along_axis(success, order, axis=0), axis=0)
+    gained = np.diff(reached, axis=0, prepend=edges.worst_success[None])
+    whole = (edges.worst_latency_s - edges.best_latency_s) * (
+        edges.best_success - edges.worst_success
+    )
+    return np.where(whole > 0.0, (wide * gained).sum(axis=0), np.nan) / np.maximum(whole, 1e-300)
 
 
 def frontier(
@@ -329,13 +371,8 @@ def frontier(
     """The settings of one sweep at one load as one curve."""
     latency_s, p95_s = np.array([d.latency_s for d in drawn]), np.array([d.p95_s for d in drawn])
     success = np.array([d.success for d in drawn])
-    figures = np.array([
+    curves = np.array([
         (
-            hypervolume(
-                list(zip(latency_s[:, n], success[:, n], strict=True)),
-                (edges.worst_latency_s[n], edges.worst_success[n]),
-                (edges.best_latency_s[n], edges.best_success[n]),
-            ),
             least_at(success[:, n], latency_s[:, n], theirs.success[n]) / theirs.latency_s[n],
             least_at(success[:, n], p95_s[:, n], theirs.success[n]) / theirs.p95_s[n],
             -least_at(-latency_s[:, n], -success[:, n], -theirs.latency_s[n]) - theirs.success[n],
@@ -347,7 +384,8 @@ def frontier(
         baseline.setting,
         rows[0].load,
         [row.setting for row in rows],
-        *(interval(column) for column in figures.T),
+        interval(hypervolume(latency_s, success, edges)),
+        *(interval(column) for column in curves.T),
     )
 
 

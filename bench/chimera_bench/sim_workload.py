@@ -256,8 +256,12 @@ class Sample(Struct, frozen=True, forbid_unknown_fields=True):
     tasks: dict[str, Task]
 
 
-def sample(tasks: Sequence[Task], arrivals_s: Sequence[float], seed: int) -> Sample:
+def sample(
+    tasks: Sequence[Task], arrivals_s: Sequence[float], seed: int, seen: float = 1.0
+) -> Sample:
     """Workflows that do tasks drawn at random at these times.
+
+    ``seen`` is the chance that a client would see a model's failure at its task.
 
     No task comes twice while there are enough; else they are drawn with replacement. The draw does
     not depend on the times. Every stage may be as long as the longest of ``tasks``, up to the next
@@ -265,12 +269,22 @@ def sample(tasks: Sequence[Task], arrivals_s: Sequence[float], seed: int) -> Sam
     """
     if not tasks:
         raise ValueError("there is no task to sample from")
-    draw, number = Random(f"tasks {seed}"), len(arrivals_s)
+    if not 0.0 <= seen <= 1.0:
+        raise ValueError(f"the share of failures seen is from 0 to 1, not {seen}")
+    draw, number, eyes = Random(f"tasks {seed}"), len(arrivals_s), Random(f"seen {seed}")
     drawn = draw.sample(tasks, number) if number <= len(tasks) else draw.choices(tasks, k=number)
     longest = max(s.output_tokens for t in tasks for run in t.runs.values() for s in run.stages)
     bound = max(_MIN_MAX_TOKENS, 1 << (longest - 1).bit_length())
     workflows = [
-        Workflow(str(n), at, task.prompt_tokens, task.runs, task.kind, bound)
+        Workflow(
+            str(n),
+            at,
+            task.prompt_tokens,
+            task.runs,
+            task.kind,
+            bound,
+            tuple(model for model in task.runs if eyes.random() >= seen),
+        )
         for n, (at, task) in enumerate(zip(arrivals_s, drawn, strict=True))
     ]
     return Sample(workflows, {w.workflow_id: t for w, t in zip(workflows, drawn, strict=True)})

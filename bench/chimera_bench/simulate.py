@@ -5,9 +5,10 @@ Imports nothing heavy until it runs. What is simulated is a `Plan` (sim_runs.py)
 
 import argparse
 import math
+import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,14 @@ from chimera_daemon import policy
 from chimera_daemon.config import ConfigError
 
 if TYPE_CHECKING:
-    from chimera_bench.progress import Progress
-    from chimera_bench.sim_runs import Cell, Columns, Ground, Load, Plan, Setting
-    from chimera_bench.sim_summary import LoadSummary
+    from chimera_bench.frontier_report import Frontiers
+    from chimera_bench.sim_report import Report, Table
+    from chimera_bench.sim_runs import Ground, Load, Plan, Setting
 
 _POLICIES = ("chimera:price=0.03/0.1/0.3/1", "paper:tau=0.5/1/2", "least_loaded")
 _LOADS = ("0.5", "0.8", "0.95", "1.1")
 REFERENCE = "least_loaded"
+CLUSTER_HELP = "TOML file of engines, or one that comes with the project: a, b or c"
 LOAD_HELP = (
     "rate of arrivals as a share of the capacity under uniform routing; T0.95: of that of the "
     "whole cluster"
@@ -34,6 +36,8 @@ _ARRIVALS_FILE = "arrivals.parquet"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `chimera simulate`."""
     add_common(parser)
+    parser.add_argument("--cluster", nargs="+", action="extend", type=Path, required=True,
+                        metavar="FILE", help=CLUSTER_HELP)  # fmt: skip
     parser.add_argument("--policy", nargs="+", action="extend", metavar="P",
                         help=f"of: {', '.join(policy.NAMES)}; with knobs as in "
                         "chimera:price=0.1/0.3 (two settings) or paper:tau=1,delta_s=0.1; the knob "
@@ -46,23 +50,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--half", choices=("tune", "test", "all"), default="all",
                         help="of the tasks: one to choose knobs on, one to report on (default: "
                         "%(default)s)")  # fmt: skip
+    parser.add_argument("--choose", nargs="?", type=_count, const=1, metavar="K",
+                        help="with --half test: choose settings for frontiers over clusters and "
+                        "loads on the other half, by K seeds (default: %(const)s)")  # fmt: skip
     parser.add_argument("--baseline", metavar="P",
-                        help="policy that the others are compared with (default: least_loaded, or "
-                        "the first)")  # fmt: skip
+                        help="setting that the others are compared with (default: least_loaded, "
+                        "or the first); areas are compared with all settings of its policy "
+                        "together (default: paper's)")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append rows to this file")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the frontiers")
     parser.add_argument("--html", type=Path, metavar="FILE.html",
                         help="write tables and picture as one page")  # fmt: skip
+    parser.add_argument("--report", type=Path, metavar="FILE.md",
+                        help="write frontiers over clusters and loads as Markdown, pictures "
+                        "beside it; text around its marked part stays")  # fmt: skip
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """Options of every command that simulates: all but policies, loads and what is written."""
+    """Options of every command that simulates: all but clusters, policies, loads and output."""
     parser.add_argument("--traces", nargs="+", action="extend", type=Path, required=True,
                         metavar="DIR",
                         help="trace folders (docs/traces.md) whose tasks are replayed")  # fmt: skip
-    parser.add_argument("--cluster", type=Path, required=True, metavar="FILE",
-                        help="TOML file of engines, or one that comes with the project: "
-                        "a, b or c")  # fmt: skip
     parser.add_argument("--predictions", default="prior", metavar="NAME",
                         help="prior (averages, learned online), bundle (trained out of fold by "
                         "task, kept in runs/folds), bundle:FOLDER (a trained one), constant, "
@@ -94,35 +102,98 @@ def _count(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulate and report; 0, or `ConfigError` for what cannot be simulated."""
-    from chimera_bench import machine, sim_report
+    from chimera_bench import frontier_report, machine, sim_report, sim_study
     from chimera_bench.progress import Progress
 
     began_s = time.monotonic()
     check_files(arguments)
-    chosen = plan(arguments)
-    names = [setting.name for setting in chosen.settings]
-    baseline = _baseline(arguments.baseline, names)
+    plans = {name: plan(arguments, path) for name, path in _clusters(arguments.cluster).items()}
+    settings = next(iter(plans.values())).settings
+    _check_choice(arguments, [setting.name for setting in settings])
+    baseline, cloud = _baselines(arguments, settings)
     with Progress() as progress:
-        ground = prepared(chosen, progress)
-        columns = simulations(ground, arguments.jobs, progress)
-    loads = figures(ground, columns, baseline)
-    facts = {**machine.facts(), **described(arguments, ground)}
-    facts["seconds"] = round(time.monotonic() - began_s, 1)
-    report = sim_report.Report(title(arguments, ground), notes(ground, columns), facts, loads)
-    sim_report.show(report, sys.stdout)
-    if arguments.out is not None:
-        machine.append_rows(arguments.out, sim_report.rows(report))
-    sim_report.write(report, arguments.plot, arguments.html)
+        studies = [
+            sim_study.study(name, each, arguments.choose, progress) for name, each in plans.items()
+        ]
+        found = sim_study.measured(studies, baseline, arguments.jobs, progress)
+    facts = {**machine.facts(), "seconds": round(time.monotonic() - began_s, 1)}
+    reports = [
+        sim_report.Report(
+            title(arguments, each.reported, path),
+            of_it.notes,
+            {**facts, **described(arguments, each.reported, path)},
+            of_it.loads,
+            each.cluster,
+        )
+        for each, of_it, path in zip(studies, found, arguments.cluster, strict=True)
+    ]
+    frontiers = frontier_report.frontiers(
+        reports,
+        [cell for of_it in found for cell in of_it.cells],
+        settings,
+        cloud,
+        tuned=arguments.choose is not None,
+    )
+    _write(arguments, reports, frontiers)
     return 0
 
 
-def plan(arguments: argparse.Namespace) -> "Plan":
-    """Options as one checked plan; raises `ConfigError`."""
+def _write(
+    arguments: argparse.Namespace,
+    reports: "Sequence[Report]",
+    frontiers: "Frontiers | None",
+) -> None:
+    from chimera_bench import frontier_report, machine, sim_report
+
+    over_cells: list[Table] = []
+    over_cell_rows: list[dict[str, Any]] = []
+    if frontiers is not None and frontiers.worth_a_table:
+        over_cells += frontier_report.tables(frontiers)
+        over_cell_rows += frontier_report.rows(frontiers)
+    for report in reports:
+        sim_report.show(report, sys.stdout, brief=len(reports) > 1)
+    sim_report.show_tables(over_cells, sys.stdout)
+    if arguments.out is not None:
+        for report in reports:
+            machine.append_rows(arguments.out, sim_report.rows(report))
+        machine.append_rows(arguments.out, over_cell_rows)
+    sim_report.write(reports, over_cells, arguments.plot, arguments.html)
+    if arguments.report is not None and frontiers is not None:
+        frontier_report.write(arguments.report, frontiers, command_line(arguments))
+
+
+def _clusters(paths: Sequence[Path]) -> dict[str, Path]:
+    clusters: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in clusters:
+            raise ConfigError(
+                f"--cluster: {clusters[path.stem]} and {path} are both called {path.stem!r}; "
+                "name each cluster once, or rename a file"
+            )
+        clusters[path.stem] = path
+    return clusters
+
+
+def _check_choice(arguments: argparse.Namespace, names: Sequence[str]) -> None:
+    if arguments.choose is not None and arguments.half != "test":
+        raise ConfigError(
+            f"--choose: settings are chosen on the tuning half, so report on the other one: write "
+            f"--half test, not {arguments.half}"
+        )
+    for option in ("choose", "report"):
+        if getattr(arguments, option) is not None and REFERENCE not in names:
+            raise ConfigError(
+                f"--{option}: settings are held against {REFERENCE}: add it to --policy"
+            )
+
+
+def plan(arguments: argparse.Namespace, cluster: Path) -> "Plan":
+    """Options as one checked plan for one cluster; raises `ConfigError`."""
     from chimera_bench import sim_cluster, sim_policies
     from chimera_bench.sim_runs import Plan
     from chimera_bench.sim_workload import Gaps
 
-    setups = sim_cluster.load(arguments.cluster)
+    setups = sim_cluster.load(cluster)
     models = list(dict.fromkeys(setup.model for setup in setups))
     common = sim_policies.common_knobs(arguments.set)
     settings: dict[str, Setting] = {}
@@ -173,123 +244,69 @@ def _arrivals(text: str) -> tuple[str, Path | None]:
     return _TRACES.get(name, name), folder.parent if folder.name == _ARRIVALS_FILE else folder
 
 
-def _baseline(wanted: str | None, names: Sequence[str]) -> str:
+def _baselines(
+    arguments: argparse.Namespace, settings: "Sequence[Setting]"
+) -> "tuple[str, Sequence[Setting]]":
+    """The setting that others are compared with, and the settings that areas are.
+
+    The latter are all of one policy with the same predictions.
+    """
+    wanted, names = arguments.baseline, [setting.name for setting in settings]
+    usual = REFERENCE if REFERENCE in names else names[0]
     if wanted is None:
-        return REFERENCE if REFERENCE in names else names[0]
-    if wanted not in names:
+        papers = [
+            each.name
+            for each in settings
+            if each.config.policy == "paper" and each.predictions == arguments.predictions
+        ]
+        return usual, _same_policy(settings, (papers or [usual])[0])
+    if wanted in names:
+        return wanted, _same_policy(settings, wanted)
+    of_it = [name for name in names if name.split()[0] == wanted]
+    if not of_it:
         raise ConfigError(f"--baseline {wanted!r}: it is not simulated; there are: "
                           f"{', '.join(map(repr, names))}")  # fmt: skip
-    return wanted
+    return usual, _same_policy(settings, of_it[0])
+
+
+def _same_policy(settings: "Sequence[Setting]", name: str) -> "Sequence[Setting]":
+    like = next(setting for setting in settings if setting.name == name)
+    return [
+        each
+        for each in settings
+        if (each.config.policy, each.predictions) == (like.config.policy, like.predictions)
+    ]
 
 
 def check_files(arguments: argparse.Namespace) -> None:
     """Find what would fail only after minutes of work."""
-    for name in ("out", "plot", "html"):
+    for name in ("out", "plot", "html", "report"):
         path: Path | None = getattr(arguments, name)
         if path is not None and path.is_dir():
             raise ConfigError(f"--{name}: {path} is a folder; name a file")
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"--{name}: no folder {path.parent}")
+    if arguments.report is not None:
+        from chimera_bench import frontier_report
+
+        frontier_report.check(arguments.report)
 
 
-def prepared(chosen: "Plan", progress: "Progress") -> "Ground":
-    """The ground of the plan, with everything tried that input can make fail."""
-    from chimera_bench import sim_runs
-
-    progress.phase("traces and predictions", 1.0)
-    try:
-        ground = sim_runs.ground(chosen)
-        for load in chosen.loads:
-            sim_runs.draw(ground, load, chosen.seeds[0])
-        for name in dict.fromkeys(setting.predictions for setting in chosen.settings):
-            sim_runs.source(ground, name, 0, lambda what, share: progress.update(share, what))
-    except (OSError, ValueError) as error:
-        raise ConfigError(str(error)) from error
-    progress.end(f"{len(ground.tasks)} tasks")
-    return ground
-
-
-def simulations(ground: "Ground", jobs: int | None, progress: "Progress") -> "dict[Cell, Columns]":
-    """All cells of the ground's plan; without ``jobs`` on every core."""
-    from chimera_bench import machine, sim_runs
-
-    chosen = ground.plan
-    total = len(sim_runs.cells(chosen))
-    progress.phase("simulations", total)
-
-    def on_cell(done: int, cell: "Cell") -> None:
-        setting, load = chosen.settings[cell.setting].name, chosen.loads[cell.load].name
-        progress.update(done, f"{done}/{total}: {setting}, load {load}, seed {cell.seed}")
-
-    columns = sim_runs.run(chosen, ground, jobs or len(machine.cores()), on_cell)
-    progress.end(f"{total} simulations")
-    return columns
-
-
-def figures(
-    ground: "Ground", columns: "dict[Cell, Columns]", baseline: str, draws: int | None = None
-) -> "list[LoadSummary]":
-    """Per load; intervals are of so many ``draws``, without any of them NaN."""
-    from chimera_bench import sim_runs, sim_summary
-
-    draws = sim_summary.DRAWS if draws is None else draws
-    chosen, bounds = ground.plan, sim_runs.bounds(ground)
-    found: list[LoadSummary] = []
-    for number, load in enumerate(chosen.loads):
-        rows = [
-            sim_summary.Row(
-                setting.name,
-                setting.sweep,
-                load.name,
-                [columns[sim_runs.Cell(n, number, seed)] for seed in chosen.seeds],
-            )
-            for n, setting in enumerate(chosen.settings)
-        ]
-        rate_per_s = ground.rate_per_s(load)
-        found.append(
-            sim_summary.summarise_load(rows, rate_per_s, bounds, baseline, REFERENCE, draws)
-        )
-    return found
-
-
-def title(arguments: argparse.Namespace, ground: "Ground") -> str:
+def title(arguments: argparse.Namespace, ground: "Ground", cluster: Path) -> str:
     """What was simulated, in a line."""
     traces = ", ".join(path.name for path in arguments.traces)
     return (
-        f"Simulated: traces {traces} ({ground.plan.half} tasks), cluster {arguments.cluster}, "
+        f"Simulated: traces {traces} ({ground.plan.half} tasks), cluster {cluster}, "
         f"{ground.plan.arrivals} arrivals, predictions {arguments.predictions}"
     )
 
 
-def notes(ground: "Ground", columns: "dict[Cell, Columns]") -> list[str]:
-    """What a reader of the figures must know."""
-    plan, found, capacity = ground.plan, ground.found, ground.capacity
-    lacking = ", ".join(f"{model} in {number}" for model, number in found.lacking.items())
-    unusable = ", ".join(f"{number}: {why}" for why, number in found.unusable.items())
-    engines = ", ".join(f"{p.engine} {p.model} {p.per_s:.2f}/s" for p in capacity.engines)
-    notes = [
-        f"{len(ground.tasks)} tasks; {plan.workflows} workflows for each of {len(plan.seeds)} "
-        f"seeds, the same ones for every policy",
-        f"capacity {capacity.uniform_per_s:.2f} workflows/s under uniform routing, "
-        f"{capacity.whole_per_s:.2f} of the whole cluster; {engines}",
-        "brackets: 95 % intervals over tasks and seeds"
-        + (" (one seed: over tasks alone)" if len(plan.seeds) == 1 else ""),
-    ]
-    if found.left_out:
-        notes.append(f"{found.left_out} tasks left out; lacking: {lacking or 'nothing'}")
-    if unusable:
-        notes.append(f"workflows that cannot be replayed: {unusable}")
-    if preempted := sum(each.preemptions for each in columns.values()):
-        notes.append(f"{preempted} preemptions: engines were short of memory")
-    return notes
-
-
-def described(arguments: argparse.Namespace, ground: "Ground") -> dict[str, Any]:
+def described(arguments: argparse.Namespace, ground: "Ground", cluster: Path) -> dict[str, Any]:
     """Facts of the run that go into every row."""
     plan = ground.plan
     return {
         "traces": [str(path) for path in arguments.traces],
-        "cluster": str(arguments.cluster),
+        "cluster": str(cluster),
         "half": plan.half,
         "tasks": len(ground.tasks),
         "workflows_per_seed": plan.workflows,
@@ -301,3 +318,18 @@ def described(arguments: argparse.Namespace, ground: "Ground") -> dict[str, Any]
         "uniform_per_s": ground.capacity.uniform_per_s,
         "whole_per_s": ground.capacity.whole_per_s,
     }
+
+
+def command_line(arguments: argparse.Namespace) -> str:
+    """What to write to simulate the same again; files that are written, and processes, included."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = ["chimera", "simulate"]
+    required = ["--traces", "", "--cluster", ""]
+    defaults: Mapping[str, Any] = vars(parser.parse_args(required))
+    for name, usual in defaults.items():
+        value = getattr(arguments, name)
+        if value != usual:
+            several = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, several)]
+    return shlex.join(words)

@@ -8,6 +8,9 @@ What engines do is `sim_engine`'s part; what tasks need and what is predicted co
 What a workflow needs depends on the model: each has its own `Run` of the task. A stage takes from
 the run of the model that serves it; the last stage of that run ends the workflow. Where a workflow
 changes models it goes on at the same stage number of the other's run, or at its last.
+
+A client that sees its workflow fail may do the task again from the beginning, as a workflow of its
+own (`Tries`), or take the daemon's advice that no model is worth it.
 """
 
 from collections import Counter, deque
@@ -15,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop, heappush
 from itertools import count, pairwise
 from math import inf, isfinite
-from typing import Any, assert_never
+from typing import Any, NamedTuple, assert_never
 
 from msgspec import Struct, field
 
@@ -43,6 +46,7 @@ from chimera_daemon.messages import (
     Stage,
     StageKey,
     StageSubmitted,
+    Tries,
     Usage,
     WakeAt,
     Woke,
@@ -52,6 +56,7 @@ from chimera_daemon.messages import (
 from chimera_daemon.prior import Predictor
 
 _CLIENT = b"simulator"
+_TRY = "~"  # between the id of a workflow and the number of a further try
 _BYTES_PER_TOKEN = 4
 
 Predict = Callable[[Stage], Prediction]
@@ -93,6 +98,7 @@ class Workflow(Struct, frozen=True, forbid_unknown_fields=True):
     runs: dict[str, Run]
     kind: str = ""
     max_tokens: int = 1024  # of every stage
+    unseen: tuple[str, ...] = ()  # models whose failure at this task the client does not see
 
 
 Outcome = Callable[[Workflow, Sequence[str]], float | None]
@@ -134,9 +140,11 @@ class WorkflowRecord(Struct):
     kind: str
     arrival_s: float
     finish_s: float = -1.0
-    success: float | None = None
+    success: float | None = None  # of its last try
     error: str = ""
-    stages: list[StageRecord] = field(default_factory=list[StageRecord])
+    stages: list[StageRecord] = field(default_factory=list[StageRecord])  # of all tries
+    tries: int = 1
+    declined: bool = False  # its last try ended because a stage was declined
 
     @property
     def latency_s(self) -> float:
@@ -211,20 +219,34 @@ def simulate(
     observers: Sequence[Predictor] = (),
     faults: Sequence[Fault] = (),
     outcome: Outcome = mean_outcome,
+    tries: int = 1,
+    optional: bool = False,
     watch: Callable[[Scheduler, Iterable[SimEngine]], None] | None = None,
 ) -> Result:
     """Run all workflows to their ends under the policy of the configuration.
+
+    A workflow that its client sees fail, with a success below one half, is done again until there
+    have been ``tries``. Further tries may be declined; with ``optional`` any stage may be, which
+    ends its try as a failure.
 
     ``predict`` is asked before a stage enters the core; ``observers`` are told what the daemon
     tells its predictors. ``watch`` sees the core and all engines after every event, for checks.
     Messages and predictions take no time, and stages do not stream. Raises `ValueError` for input
     that makes no sense, naming the place.
     """
+    if tries < 1:
+        raise ValueError(f"a task is tried at least once, not {tries} times")
     _check_engines(engines)
     _check_policy(config.policy, engines)
     _check_workflows(workflows, engines)
     _check_faults(faults, engines)
-    return _Simulation(config, engines, workflows, predict, observers, outcome, watch).run(faults)
+    clients = _Clients(outcome, tries, optional)
+    return _Simulation(config, engines, workflows, predict, observers, clients, watch).run(faults)
+
+
+def first_workflow_id(workflow_id: str) -> str:
+    """Of the task that the workflow of this id is a try of."""
+    return workflow_id.partition(_TRY)[0]
 
 
 class _Host:
@@ -242,17 +264,37 @@ class _Host:
         self.record = EngineRecord(setup.name, setup.model)
 
 
-class _Flow:
-    """A workflow under way."""
+class _Clients(NamedTuple):
+    """What they do about outcomes."""
 
-    __slots__ = ("truth", "record", "context", "shared", "prefix")
+    outcome: Outcome
+    tries: int
+    optional: bool
+
+
+class _Flow:
+    """A workflow under way: a task in one of its tries."""
+
+    __slots__ = ("truth", "record", "workflow_id", "first", "failed", "context", "shared", "prefix")
 
     def __init__(self, truth: Workflow) -> None:
         self.truth = truth
         self.record = WorkflowRecord(truth.workflow_id, truth.kind, truth.arrival_s)
-        self.context = truth.prompt_tokens  # of the next stage
+        self.failed: tuple[str, ...] = ()  # models of earlier tries
+        self.begin(truth.workflow_id)
+
+    def begin(self, workflow_id: str) -> None:
+        """A try, from nothing."""
+        self.workflow_id = workflow_id
+        self.first = len(self.record.stages)  # of this try, among all stages
+        self.context = self.truth.prompt_tokens  # of the next stage
         self.shared = 0  # of it, tokens that were the context of the last stage
-        self.prefix = truth.workflow_id  # names the context; another one, another name
+        self.prefix = workflow_id  # names the context; another one, another name
+
+    @property
+    def models(self) -> list[str]:
+        """Of this try's answered stages."""
+        return [stage.model for stage in self.record.stages[self.first :] if stage.model]
 
 
 class _Attempt:
@@ -280,14 +322,14 @@ class _Simulation:
         workflows: Sequence[Workflow],
         predict: Predict,
         observers: Sequence[Predictor],
-        outcome: Outcome,
+        clients: _Clients,
         watch: Callable[[Scheduler, Iterable[SimEngine]], None] | None,
     ) -> None:
         self._core = Scheduler(config)
         self._beat_s = config.heartbeat_s
         self._predict = predict
         self._observers = observers
-        self._outcome = outcome
+        self._clients = clients
         self._watch = watch
         self._now = 0.0
         self._numbers = count()
@@ -372,8 +414,11 @@ class _Simulation:
                 self._touched.append(attempt.host)
             case Fail() | Reject():
                 flow, _ = self._stages.pop(action.key)
-                flow.record.error = action.code
-                self._end(flow, None)
+                if action.code == "declined":
+                    self._declined(flow)
+                else:
+                    flow.record.error = action.code
+                    self._end(flow, None)
             case Attach() | Replay():
                 raise AssertionError("no request is repeated here")
             case _:
@@ -388,12 +433,13 @@ class _Simulation:
 
     def _submit(self, flow: _Flow) -> None:
         truth, stages = flow.truth, flow.record.stages
-        number, prompt = len(stages), flow.context
+        number, prompt = len(stages) - flow.first, flow.context
         stages.append(StageRecord(number, self._now, prompt))
+        left = self._clients.tries - flow.record.tries
         stage = Stage(
             _CLIENT,
-            f"{truth.workflow_id}/{number}",
-            truth.workflow_id,
+            f"{flow.workflow_id}/{number}",
+            flow.workflow_id,
             number,
             truth.kind,
             None,
@@ -401,12 +447,14 @@ class _Simulation:
             truth.max_tokens,
             prompt * _BYTES_PER_TOKEN,
             number,
+            tries=Tries(flow.failed, left) if left or flow.failed else None,
+            optional=self._clients.optional or (bool(flow.failed) and not number),
         )
         self._stages[stage.key] = flow, stage
         self._feed(StageSubmitted(stage, self._predict(stage)))
 
     def _answered(self, reply: Reply) -> None:
-        """A stage has its answer: its client goes on to the next one or ends the workflow."""
+        """A stage has its answer: its client goes on to the next one or ends the try."""
         assert self._answering is not None
         attempt, started_s = self._answering
         flow, stage = self._stages.pop(reply.key)
@@ -423,22 +471,45 @@ class _Simulation:
             )
             if truth.verdict is not None:
                 observer.observe_feedback(stage.workflow_id, stage.stage, truth.verdict)
-        if len(flow.record.stages) >= len(flow.truth.runs[model].stages):
-            self._end(flow, self._outcome(flow.truth, flow.record.models))
+        done = len(flow.record.stages) - flow.first
+        if done >= len(flow.truth.runs[model].stages):
+            self._tried(flow, model)
             return
         if truth.keeps_context:
             flow.shared = stage.prompt_tokens + truth.output_tokens
         else:
-            flow.shared, flow.prefix = 0, f"{stage.workflow_id}/{len(flow.record.stages)}"
+            flow.shared, flow.prefix = 0, f"{stage.workflow_id}/{done}"
         flow.context = flow.shared + truth.new_tokens
         self._at(self._now + truth.gap_s, self._submit, flow)
+
+    def _tried(self, flow: _Flow, model: str) -> None:
+        """A try has run through; this model had its last stage."""
+        models, truth = flow.models, flow.truth
+        success = self._clients.outcome(truth, models)
+        left = self._clients.tries - flow.record.tries
+        if success is None or success >= 0.5 or not left or model in truth.unseen:
+            self._end(flow, success)
+            return
+        self._events.append(WorkflowClosed(flow.workflow_id, success))
+        flow.failed = (*flow.failed, *dict.fromkeys(models))
+        flow.begin(f"{truth.workflow_id}{_TRY}{flow.record.tries}")
+        flow.record.tries += 1
+        self._at(self._now, self._submit, flow)
+
+    def _declined(self, flow: _Flow) -> None:
+        """The client gives the task up; what has failed stays failed."""
+        record = flow.record
+        record.stages.pop()
+        record.declined = True
+        record.tries -= not flow.models
+        self._end(flow, 0.0)
 
     def _end(self, flow: _Flow, success: float | None) -> None:
         record = flow.record
         assert record.finish_s < 0.0, "a workflow has ended twice"
         record.finish_s, record.success = self._now, success
         self._left -= 1
-        self._events.append(WorkflowClosed(record.workflow_id, success))
+        self._events.append(WorkflowClosed(flow.workflow_id, success))
 
     # Engines.
 

@@ -93,6 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "written, as in paper:delta_s=0.1, stay so (default: "
                         "%(default)s)")  # fmt: skip
     simulate.add_common(parser)
+    parser.add_argument("--cluster", type=Path, required=True, metavar="FILE",
+                        help=simulate.CLUSTER_HELP)  # fmt: skip
     parser.add_argument("--load", default="0.8", metavar="L",
                         help=f"{simulate.LOAD_HELP} (default: %(default)s)")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl",
@@ -122,7 +124,7 @@ def _number(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> int:
     """Search on one half, report on the other; 0, or `ConfigError` for what cannot be tuned."""
-    from chimera_bench import sim_report
+    from chimera_bench import sim_report, sim_study
     from chimera_bench.progress import Progress
 
     goal = parse(arguments.goal)
@@ -130,11 +132,11 @@ def run(arguments: argparse.Namespace) -> int:
     simulate.check_files(halves[0])
     plans = [_plan(half) for half in halves]
     with Progress() as progress:
-        grounds = [simulate.prepared(plan, progress) for plan in plans]
+        grounds = [sim_study.prepared(plan, progress) for plan in plans]
         search = Search(goal, arguments, grounds[0], progress)
         refine([_COARSE[dial] for dial in search.dials], search.best_with)
         tested = _with_settings(grounds[1], _reported(plans[1], search.chosen))
-        columns = simulate.simulations(tested, arguments.jobs, progress)
+        columns = sim_study.simulations(tested, arguments.jobs, progress)
     report = _report(halves[1], tested, columns)
     print("\n".join(_searched_lines(search, len(columns))))
     sim_report.show(report, sys.stdout)
@@ -143,7 +145,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         searched = _with_settings(grounds[0], search.settings)
         before = sim_report.Report(
-            "", [], simulate.described(halves[0], searched), [search.figures]
+            "", [], simulate.described(halves[0], searched, arguments.cluster), [search.figures]
         )
         _write(arguments.out, search, [before, report])
     return 0
@@ -153,11 +155,14 @@ def _as_simulation(arguments: argparse.Namespace, half: str) -> argparse.Namespa
     """As `chimera simulate` would be told: the policy as it is and the reference."""
     policies = [arguments.policy, simulate.REFERENCE]
     told = {"policy": policies, "set": [], "load": [arguments.load], "half": half}
-    return argparse.Namespace(**{**vars(arguments), **told, "plot": None, "html": None})
+    return argparse.Namespace(
+        **{**vars(arguments), **told, "plot": None, "html": None, "report": None}
+    )
 
 
 def _plan(arguments: argparse.Namespace) -> "Plan":
-    plan, written = simulate.plan(arguments), arguments.policy[0]
+    plan = simulate.plan(arguments, arguments.cluster)
+    written = arguments.policy[0]
     if not sim_policies.free_dials(written):
         raise ConfigError(f"--policy {written!r}: no knob is left to tune; write chimera or paper")
     if len(plan.settings) != 2:
@@ -198,16 +203,18 @@ class Search:
 
     def best_with(self, points: Sequence[Point]) -> Point:
         """Try more points; the best one of all."""
+        from chimera_bench import sim_study
+
         begin = len(self.settings) if self.columns else 0
         self.settings += map(self._setting, points)
         self.points += points
         new = _with_settings(self._ground, self.settings[begin:])
-        columns = simulate.simulations(new, self._arguments.jobs, self._progress)
+        columns = sim_study.simulations(new, self._arguments.jobs, self._progress)
         for cell, each in columns.items():
             self.columns[cell._replace(setting=begin + cell.setting)] = each
         # Without intervals: those of the best of many would say too much.
         every = _with_settings(self._ground, self.settings)
-        (self.figures,) = simulate.figures(every, self.columns, simulate.REFERENCE, draws=0)
+        (self.figures,) = sim_study.figures(every, self.columns, simulate.REFERENCE, draws=0)
         self.row = _best_row(self.goal, self.figures)
         return self.points[self.row - 1]
 
@@ -270,13 +277,13 @@ def _reported(plan: "Plan", chosen: "Setting") -> "list[Setting]":
 def _report(
     arguments: argparse.Namespace, ground: "Ground", columns: "dict[Cell, Columns]"
 ) -> "sim_report.Report":
-    from chimera_bench import sim_report
+    from chimera_bench import sim_report, sim_study
 
     return sim_report.Report(
-        simulate.title(arguments, ground),
-        simulate.notes(ground, columns),
-        simulate.described(arguments, ground),
-        simulate.figures(ground, columns, simulate.REFERENCE),
+        simulate.title(arguments, ground, arguments.cluster),
+        sim_study.notes(ground, columns),
+        simulate.described(arguments, ground, arguments.cluster),
+        sim_study.figures(ground, columns, simulate.REFERENCE),
     )
 
 

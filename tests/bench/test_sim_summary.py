@@ -7,7 +7,7 @@ import pytest
 
 from chimera_bench import sim_summary
 from chimera_bench.sim_runs import Bounds, Columns
-from chimera_bench.sim_summary import Row, Weights, hypervolume, least_at
+from chimera_bench.sim_summary import Corners, Row, Weights, hypervolume, least_at
 
 NAN = math.nan
 
@@ -29,6 +29,7 @@ def columns(
         2,
         100.0,
         0,
+        np.ones(len(task), dtype=np.intp),
     )
 
 
@@ -155,13 +156,40 @@ def test_nothing_answered_gives_no_numbers_and_no_warning() -> None:
     ],
 )
 def test_hypervolume_by_hand(points: list[tuple[float, float]], area: float) -> None:
-    assert hypervolume(points, worst=(10.0, 0.0), best=(2.0, 1.0)) == pytest.approx(area)
+    assert area_of(points, worst=(10.0, 0.0), best=(2.0, 1.0)) == pytest.approx(area)
+
+
+def area_of(
+    points: list[tuple[float, float]], worst: tuple[float, float], best: tuple[float, float]
+) -> float:
+    latency, success = np.array(points, dtype=float).reshape(-1, 2, 1).transpose(1, 0, 2)
+    edges = Corners(*(np.array([value]) for value in (*worst, *best)))
+    return hypervolume(latency, success, edges)[0]
 
 
 def test_hypervolume_is_relative_to_its_corners() -> None:
-    moved = hypervolume([(106.0, 3.5)], worst=(110.0, 3.0), best=(102.0, 4.0))
+    moved = area_of([(106.0, 3.5)], worst=(110.0, 3.0), best=(102.0, 4.0))
     assert moved == pytest.approx(4.0 * 0.5 / 8.0)
-    assert math.isnan(hypervolume([(1.0, 1.0)], worst=(1.0, 0.5), best=(2.0, 1.0)))
+    assert math.isnan(area_of([(1.0, 1.0)], worst=(1.0, 0.5), best=(2.0, 1.0)))
+
+
+def test_hypervolume_of_every_draw_is_that_of_a_plain_loop() -> None:
+    random = np.random.default_rng(11)
+    latency, success = random.uniform(0.0, 3.0, (6, 50)), random.uniform(0.0, 1.0, (6, 50))
+    latency[random.random(latency.shape) < 0.1] = NAN
+    success[:3] = np.round(success[:3], 1)  # some are equal
+    edges = Corners(*(random.uniform(*ends, 50) for ends in ((2, 3), (0, 0.4), (0, 1), (0.6, 1))))
+    found = hypervolume(latency, success, edges)
+    for draw in range(50):
+        worst = edges.worst_latency_s[draw], edges.worst_success[draw]
+        area, reached = 0.0, worst[1]
+        for seconds, share in sorted(zip(latency[:, draw], success[:, draw], strict=True),
+                                     key=lambda p: (math.isnan(p[0]), p[0], -p[1])):  # fmt: skip
+            if seconds < worst[0] and share > reached:
+                area += (worst[0] - seconds) * (share - reached)
+                reached = share
+        whole = (worst[0] - edges.best_latency_s[draw]) * (edges.best_success[draw] - worst[1])
+        assert found[draw] == pytest.approx(area / whole)
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,21 @@ def test_samples_follow_from_the_seed() -> None:
         assert workflow.runs is task.runs
 
 
+def test_failures_that_clients_do_not_see_follow_from_the_seed() -> None:
+    tasks = tasks_of(make_traces(tasks=60), MODELS).tasks
+    times = [0.0] * 2000
+    half_seen = sample(tasks, times, 0, 0.5)
+    assert half_seen == sample(tasks, times, 0, 0.5)
+    assert half_seen.tasks == sample(tasks, times, 0).tasks  # the same tasks at any share
+    for model in tasks[0].runs:
+        unseen = sum(model in workflow.unseen for workflow in half_seen.workflows)
+        assert 900 <= unseen <= 1100
+    assert not any(workflow.unseen for workflow in sample(tasks, times, 0).workflows)
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="failures seen"):
+            sample(tasks, times, 0, share)
+
+
 def test_more_workflows_than_tasks() -> None:
     tasks = tasks_of(make_traces(tasks=20), MODELS).tasks
     drawn = sample(tasks, [0.0] * 2000, 0)

@@ -1,15 +1,19 @@
 """`chimera simulate`: notation of policies, mistakes, and whole runs on small made-up traces."""
 
 import argparse
+import io
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
-from chimera_bench import sim_policies, sim_runs
+from chimera_bench import frontier_report, sim_policies, sim_runs, sim_study
 from chimera_bench import simulate as command
+from chimera_bench.progress import Progress
 from chimera_bench.sim_policies import settings
 from chimera_daemon import cli
 from chimera_daemon.config import ConfigError
@@ -69,6 +73,13 @@ def cluster(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def other_cluster(tmp_path: Path) -> Path:
+    path = tmp_path / "other.toml"
+    path.write_text(CLUSTER.replace("count = 2", "count = 1"), encoding="utf-8")
+    return path
+
+
 def simulate(traces: Path, cluster: Path, *options: str) -> int:
     few = ["--workflows", "60", "--seeds", "2", "--jobs", "1"]
     load = [] if "--load" in options else ["--load", "0.8"]
@@ -82,7 +93,7 @@ def a_plan(traces: Path, cluster: Path, *policies: str, load: str = "0.8") -> si
     command.add_arguments(parser)
     common = ["--traces", str(traces), "--cluster", str(cluster), "--workflows", "60"]
     options = ["--seeds", "2", "--load", load, "--policy", *policies]
-    return command.plan(parser.parse_args([*common, *options]))
+    return command.plan(parser.parse_args([*common, *options]), cluster)
 
 
 # Notation.
@@ -173,6 +184,12 @@ def test_misspelt_policies(written: str, said: str) -> None:
         (["--baseline", "paper"], "--baseline 'paper': it is not simulated"),
         (["--gap-s", "-1"], "--gap-s: "),
         (["--out", "no/such/folder.jsonl"], "--out: no folder no/such"),
+        (["--report", "no/such/page.md"], "--report: no folder no/such"),
+        (["--report", "page.md"], "--report: settings are held against least_loaded: add it"),
+        (["--choose"], "--choose: settings are chosen on the tuning half, so report on the other"),
+        (["--choose", "--half", "tune"], "write --half test, not tune"),
+        (["--choose", "--half", "test"], "--choose: settings are held against least_loaded"),
+        (["--cluster", "x/cluster.toml"], "are both called 'cluster'; name each cluster once"),
     ],
 )
 def test_a_mistake_gets_one_clear_line(
@@ -188,6 +205,19 @@ def test_a_mistake_gets_one_clear_line(
     (line,) = [line for line in shown.err.splitlines() if line.startswith("chimera: ")]
     assert said in line
     assert not shown.out
+
+
+def test_a_report_does_not_replace_other_text(
+    traces: Path, cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("my own words\n", encoding="utf-8")
+    assert simulate(traces, cluster, "--report", str(page)) == 2
+    assert "page.md has no part between" in capsys.readouterr().err
+    assert page.read_text(encoding="utf-8") == "my own words\n"
+    page.write_bytes(b"\xff\xfe")
+    assert simulate(traces, cluster, "--report", str(page)) == 2
+    assert "page.md cannot be read" in capsys.readouterr().err
 
 
 def test_a_cluster_file_with_an_unknown_key(
@@ -242,15 +272,18 @@ def test_a_run_writes_table_rows_picture_and_page(
     kinds = [row["row"] for row in rows]
     # Of each load: five settings, all but one compared, four sweeps.
     assert [kinds.count(kind) for kind in ("policy", "comparison", "frontier")] == [10, 8, 8]
+    # Over both loads: four sweeps, and by three metrics against the one reference.
+    assert [kinds.count(kind) for kind in ("area", "match")] == [4, 12]
     for row in rows:
-        assert {"machine", "versions", "commit", "seeds", "cluster", "rate_per_s"} <= set(row)
+        assert {"machine", "versions", "commit", "seeds"} <= set(row)
+        assert {"cluster", "rate_per_s"} <= set(row) or row["clusters"] == [str(cluster)]
     policies = {(row["setting"], row["load"]): row for row in rows if row["row"] == "policy"}
     for row in policies.values():
         assert row["workflows"] == 120
         assert row["latency_p50_s"]["value"] <= row["latency_p95_s"]["value"]
         assert sum(row["stage_share"].values()) == pytest.approx(1.0)
         assert not row["errors"]
-    rates = [row["rate_per_s"] for row in rows if row["load"] == "0.5"]
+    rates = [row["rate_per_s"] for row in rows if row.get("load") == "0.5"]
     assert rates == pytest.approx([0.5 * rows[0]["uniform_per_s"]] * len(rates))
     oracle, idle = policies["router_oracle", "0.5"], policies["least_loaded", "0.5"]
     assert oracle["success"]["value"] > idle["success"]["value"] + 0.05
@@ -262,6 +295,136 @@ def test_a_run_writes_table_rows_picture_and_page(
     assert "<link" not in page
     for name in names:
         assert f"<td>{name}</td>" in page
+
+
+def test_several_clusters_and_a_choice_on_the_other_half(
+    traces: Path,
+    cluster: Path,
+    other_cluster: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page, out, plot = (tmp_path / name for name in ("page.md", "rows.jsonl", "all.png"))
+    page.write_text(
+        f"Before.\n{frontier_report.BEGIN}\nold\n{frontier_report.END}\nAfter.\n", encoding="utf-8"
+    )
+    options = (
+        "--cluster", str(other_cluster), "--load", "0.8", "1.1", "--half", "test", "--choose", "2",
+        "--policy", "chimera:price=0.01/0.1/1", "paper:tau=1/2", "least_loaded",
+        "--out", str(out), "--plot", str(plot), "--report", str(page),
+    )  # fmt: skip
+    assert simulate(traces, cluster, *options) == 0
+    shown = capsys.readouterr().out
+    for text in ("ratio, cluster other", "ratio, all cells", "Mean latency over least_loaded's",
+                 "P95 latency over paper tau=1's", "chosen on the tuning half"):  # fmt: skip
+        assert text in shown
+    assert "ratios to least_loaded" not in shown  # with several clusters: only in the rows
+
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    kinds = [row["row"] for row in rows]
+    places = 3  # all cells and two clusters
+    assert kinds.count("policy") == 2 * 2 * 6
+    assert kinds.count("area") == places * 3
+    assert kinds.count("match") == places * 3 * 3 * 2
+    policies = {
+        (row["cluster"], row["load"], row["setting"]): row for row in rows if row["row"] == "policy"
+    }
+    sweeps = [row for row in rows if row["row"] == "frontier" and row["sweep"] == "chimera"]
+    (area,) = [
+        row
+        for row in rows
+        if row["row"] == "area" and (row["sweep"], row["where"]) == ("chimera", "all cells")
+    ]
+    assert area["baseline"] == "paper (2 points)"
+    assert area["hypervolume"]["value"] == pytest.approx(
+        np.mean([row["hypervolume"]["value"] for row in sweeps])
+    )
+    matches = [row for row in rows if row["row"] == "match" and row["where"] == "other"]
+    for row in matches:
+        figure = "latency_p95_s" if row["metric"] == "p95" else "latency_mean_s"
+        ratios = [
+            policies[str(other_cluster), load, setting][figure]["value"]
+            / policies[str(other_cluster), load, row["reference"]][figure]["value"]
+            for load, setting in zip(("0.8", "1.1"), row["settings"], strict=True)
+            if setting
+        ]
+        assert len(ratios) == row["reached"]
+        if ratios:
+            assert row["ratio"]["value"] == pytest.approx(np.mean(ratios))
+    # At least the references get as far as they do themselves.
+    assert sum(row["reached"] > 0 for row in matches) >= 6
+
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("Before.\n")
+    assert text.endswith("\nAfter.\n")
+    assert "\nold\n" not in text
+    for wanted in (
+        f"chimera simulate --traces {traces} ",
+        "test tasks: cluster ",
+        "Cluster other: starvation",
+        "](frontier-other.png)",
+        "| least_loaded | 1.00 [1.00, 1.00], ",
+    ):
+        assert wanted in text
+    for line in text.splitlines():
+        assert line.startswith("|") == line.endswith("|")
+    for name in ("cluster", "other"):
+        assert (tmp_path / f"frontier-{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_other_half_decides_the_choice(traces: Path, cluster: Path) -> None:
+    """Reported figures are those of the test half, whether or not settings are chosen there."""
+    plan = a_plan(traces, cluster, "chimera:price=0.01/1", "least_loaded")
+    plan = msgspec.structs.replace(plan, half="test")
+    with Progress(io.StringIO()) as progress:
+        here = sim_study.study("c", plan, None, progress)
+        there = sim_study.study("c", plan, 1, progress)
+        (one,) = sim_study.measured([here], "least_loaded", 1, progress)
+        (other,) = sim_study.measured([there], "least_loaded", 1, progress)
+    assert one.loads == other.loads
+    assert there.tuning is not None
+    assert there.tuning.plan.seeds == plan.seeds[:1]
+    tested = {task.task_id for task in there.reported.tasks}
+    assert not tested & {task.task_id for task in there.tuning.tasks}
+    (by_itself,), (by_other,) = one.cells, other.cells
+    assert by_itself.tuning is by_itself.drawn
+    columns = sim_runs.run(there.tuning.plan, there.tuning, 1, lambda done, cell: None)
+    for n, setting in enumerate(plan.settings):
+        latency_s = columns[sim_runs.Cell(n, 0, plan.seeds[0])].latency_s
+        assert by_other.tuning[setting.name].latency_s == pytest.approx(latency_s.mean())
+
+
+@pytest.mark.parametrize(
+    ("options", "compared", "cloud"),
+    [
+        ([], "least_loaded", ["paper tau=1", "paper tau=2"]),
+        (["--baseline", "paper tau=2"], "paper tau=2", ["paper tau=1", "paper tau=2"]),
+        (["--baseline", "paper"], "least_loaded", ["paper tau=1", "paper tau=2"]),
+        (["--baseline", "chimera"], "chimera", ["chimera"]),
+        (["--baseline", "paper_oracle"], "paper_oracle", ["paper_oracle"]),
+    ],
+)
+def test_what_others_are_compared_with(
+    traces: Path, cluster: Path, options: list[str], compared: str, cloud: list[str]
+) -> None:
+    policies = ["chimera", "paper:tau=1/2", "paper_oracle", "least_loaded"]
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    common = ["--traces", str(traces), "--cluster", str(cluster), "--policy", *policies]
+    arguments = parser.parse_args([*common, *options])
+    found = command._baselines(arguments, command.plan(arguments, cluster).settings)
+    assert (found[0], [setting.name for setting in found[1]]) == (compared, cloud)
+
+
+def test_the_command_line_is_told_from_the_options() -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    written = ["--traces", "my traces", "--cluster", "a", "b", "--half", "test", "--choose"]
+    said = command.command_line(parser.parse_args(written))
+    assert said.startswith("chimera simulate --traces 'my traces' ")
+    again = parser.parse_args(shlex.split(said)[2:])
+    assert again == parser.parse_args(written)
 
 
 def test_traces_without_outcomes_still_give_latencies(

@@ -316,6 +316,106 @@ def test_a_workflow_that_changes_models_goes_on_in_the_other_run() -> None:
     assert mean_outcome(Workflow("w", 0.0, 1, {"a": Run((StageTruth(1),))}), ["a"]) is None
 
 
+def failing(weak: float = 0.0, strong: float = 1.0, unseen: tuple[str, ...] = ()) -> Workflow:
+    """Two stages on `weak`, one on `strong`."""
+    runs = {
+        "weak": Run((StageTruth(10, 7, 0.5), StageTruth(20)), weak),
+        "strong": Run((StageTruth(30),), strong),
+    }
+    return Workflow("w", 1.0, 50, runs, unseen=unseen)
+
+
+WEAK_THEN_STRONG = [
+    EngineSetup("x", "weak", SERVER),
+    EngineSetup("y", "strong", replace(SERVER, step_s=0.01)),
+]
+
+
+def half_and_half(stage: Stage) -> Prediction:
+    return Prediction({"weak": known(30.0, 0.5), "strong": known(30.0, 0.9)}, known(30.0))
+
+
+def test_a_task_that_fails_is_done_again_by_another_model_from_the_beginning() -> None:
+    result = simulate(
+        Config(price=0.05),
+        WEAK_THEN_STRONG,
+        [failing()],
+        half_and_half,
+        tries=2,
+        watch=checked,
+    )
+    (record,) = result.workflows
+    assert (record.success, record.error, record.tries) == (1.0, "", 2)
+    assert record.models == ["weak", "weak", "strong"]
+    assert [stage.prompt_tokens for stage in record.stages] == [50, 67, 50]
+    assert record.latency_s == pytest.approx(0.010 + 0.5 + 0.020 + 0.300)
+    assert [engine.cached_tokens for engine in result.engines] == [59, 0]
+
+
+@pytest.mark.parametrize(
+    ("workflow", "tries", "success"),
+    [
+        (failing(), 1, 0.0),  # nobody tries again
+        (failing(unseen=("weak",)), 2, 0.0),  # the client does not know that it failed
+        (failing(weak=0.5), 2, 0.5),  # it did not
+    ],
+)
+def test_a_task_is_not_done_again_without_a_reason(
+    workflow: Workflow, tries: int, success: float
+) -> None:
+    config = Config(policy="static:weak")
+    result = simulate(config, WEAK_THEN_STRONG, [workflow], half_and_half, tries=tries)
+    (record,) = result.workflows
+    assert (record.models, record.success, record.tries) == (["weak", "weak"], success, 1)
+
+
+def test_a_further_try_that_is_worth_too_little_is_declined() -> None:
+    def hopeless(stage: Stage) -> Prediction:
+        return Prediction({"weak": known(30.0, 0.5), "strong": known(30.0, 0.5)}, known(30.0))
+
+    result = simulate(
+        Config(price=0.05), WEAK_THEN_STRONG, [failing()], hopeless, tries=3, watch=checked
+    )
+    (record,) = result.workflows
+    assert (record.models, record.success, record.tries) == (["weak", "weak"], 0.0, 1)
+    assert record.declined
+    assert record.finish_s == pytest.approx(1.0 + 0.010 + 0.5 + 0.020)
+    assert len(record.stages) == 2
+    assert record.error == ""
+
+
+def test_where_all_is_optional_a_workflow_may_end_before_it_began() -> None:
+    result = simulate(
+        Config(price=100.0), WEAK_THEN_STRONG, [failing()], half_and_half, optional=True
+    )
+    (record,) = result.workflows
+    assert (record.stages, record.success, record.tries) == ([], 0.0, 0)
+    assert (record.latency_s, record.declined) == (0.0, True)
+
+
+@pytest.mark.parametrize("policy", ["chimera", "paper", "mlfq", "least_loaded", "router_only"])
+def test_tries_under_every_policy_keep_every_bound(policy: str) -> None:
+    workflows = drawn(150, 20.0, seed=7)
+    predictor = PriorPredictor(Config())
+    result = simulate(
+        Config(policy=policy, max_queued_stages=50),
+        cluster(),
+        workflows,
+        predictor.prediction,
+        observers=[predictor],
+        faults=[Fault("l0", 1.0, 3.0, 0.5)],
+        tries=3,
+        optional=True,
+        watch=checked,
+    )
+    assert {record.tries for record in result.workflows} >= {1, 2}
+    for record in result.workflows:
+        assert record.tries <= 3
+        assert record.error or record.success is not None
+        if record.success == 0.0 and not record.error:
+            assert record.tries == 3 or record.declined
+
+
 def test_a_predictor_hears_what_it_would_hear_from_the_daemon() -> None:
     prior = PriorPredictor(Config())
     workflows = [
@@ -363,6 +463,8 @@ def test_bad_workflows_are_refused_by_name(bad: Workflow, message: str) -> None:
 
 
 def test_bad_clusters_faults_and_rates_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="at least once, not 0 times"):
+        simulate(Config(), cluster(), drawn(1, 1.0, 1), middling, tries=0)
     setup = EngineSetup("e", "m", PROFILE)
     with pytest.raises(ValueError, match="the cluster has no engine"):
         simulate(Config(), [], [GOOD], middling)
