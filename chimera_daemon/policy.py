@@ -438,6 +438,7 @@ _POLICIES: dict[str, Callable[[Config], Policy]] = {
     "round_robin": _round_robin,
 }
 NAMES = (*_POLICIES, "static:MODEL")
+PREDICTIVE = ("chimera", "paper", "ltr", "stjf", "router_only")  # look at predictions
 
 
 def make_policy(config: Config) -> Policy:

@@ -23,6 +23,7 @@ _SHORT = {"router": "router_only"}
 # Settings that differ in these alone are one curve.
 _DIALS = {"chimera": ("price",), "paper": ("tau", "delta_s")}
 _PREDICTIONS = "predictions"
+_UNHEARD = "constant"  # for policies that look at none: costs nothing
 # What clients do; the same for all policies unless said otherwise.
 _CLIENT_KNOBS = ("tries", "optional")
 
@@ -100,6 +101,8 @@ def _setting(
 
     where, places = f"--policy {label!r}", paths(base)
     _refuse_misspelt(base, where, models)
+    if base not in policy.PREDICTIVE:
+        predictions = _UNHEARD
     _refuse_unknown(knobs, [*places, _PREDICTIONS, *_CLIENT_KNOBS], where)
     every = {**common, **knobs}
     config = _config(base, {places[key]: value for key, value in every.items() if key in places})

@@ -68,7 +68,7 @@ def tables(report: Report, brief: bool = False) -> Iterator[Table]:
 def _figures(where: str, summaries: Sequence[Summary]) -> Table:
     models, engines = list(summaries[0].stage_share), list(summaries[0].utilisation)
     head = ("policy", "success %", "mean s", "P50", "P95", "P99", "ms/token", "stages %",
-            "busy %", "slots %", "longest wait", "errors")  # fmt: skip
+            "busy %", "slots %", "longest wait", "tries", "errors")  # fmt: skip
     rows = [
         (
             s.setting,
@@ -82,6 +82,7 @@ def _figures(where: str, summaries: Sequence[Summary]) -> Table:
             _parts(s.utilisation, engines),
             _parts(s.occupied, engines),
             number(s.longest_wait_s, 1),
+            number(s.tries, 2),
             str(sum(s.errors.values())),
         )
         for s in summaries

@@ -45,6 +45,7 @@ class Summary(Struct, frozen=True):
     occupied: dict[str, float]  # per engine, share of its slots at work
     longest_wait_s: float  # of any stage in queues: starvation
     preemptions: int
+    tries: float  # mean per workflow
 
 
 class Comparison(Struct, frozen=True):
@@ -301,6 +302,7 @@ def summarise(row: Row, drawn: Drawn) -> Summary:
         {name: _mean(np.array([c.occupied[name] for c in row.seeds])) for name in engines},
         max(columns.longest_wait_s for columns in row.seeds),
         sum(columns.preemptions for columns in row.seeds),
+        float(np.mean(np.concatenate([columns.tries for columns in row.seeds]))),
     )
 
 

@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", nargs="+", action="extend", metavar="P",
                         help=f"of: {', '.join(policy.NAMES)}; with knobs as in "
                         "chimera:price=0.1/0.3 (two settings) or paper:tau=1,delta_s=0.1; the knob "
-                        "`predictions` replaces --predictions; X_oracle is X told the truth "
+                        "`predictions` replaces --predictions; `tries=2`: clients do a failed task "
+                        "once more; `optional=1`: any stage may be declined; X_oracle is X told "
+                        "the truth "
                         f"(default: {' '.join(_POLICIES)})")  # fmt: skip
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KNOB=VALUE",
                         help="knobs of all policies that have them")  # fmt: skip
@@ -86,6 +88,9 @@ def add_common(parser: argparse.ArgumentParser) -> None:
                         "workflows (default: %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1, metavar="S",
                         help="the first seed (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--seen", type=_share, default=1.0, metavar="SHARE",
+                        help="share of failures that clients see: only then do they try a task "
+                        "again (knob `tries`; default: %(default)s)")  # fmt: skip
     parser.add_argument("--gap-s", type=float, default=1.0, metavar="SECONDS",
                         help="mean time of a tool between two stages "
                         "(default: %(default)s)")  # fmt: skip
@@ -98,6 +103,16 @@ def _count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: write a whole number above 0")
     return number
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0.0 <= share <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a share from 0 to 1")
+    return share
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -217,6 +232,7 @@ def plan(arguments: argparse.Namespace, cluster: Path) -> "Plan":
         arrivals=arrivals,
         arrivals_folder=folder,
         gaps=gaps,
+        seen=arguments.seen,
     )
 
 
@@ -313,6 +329,7 @@ def described(arguments: argparse.Namespace, ground: "Ground", cluster: Path) ->
         "seeds": list(plan.seeds),
         "arrivals": plan.arrivals,
         "gap_s": plan.gaps.mean_s,
+        "seen": plan.seen,
         "predictions": arguments.predictions,
         "knobs": arguments.set,
         "uniform_per_s": ground.capacity.uniform_per_s,

@@ -14,8 +14,6 @@ from chimera_daemon import policy as policies
 from chimera_daemon.config import Config, ConfigError
 
 _PRIOR = ":prior"
-# Policies that look at predictions; the others would only pay for them.
-_PREDICTIVE = ("chimera", "paper", "ltr", "stjf", "router_only")
 _AS_CONFIGURED = ""  # of a knob of simulations that has no meaning here
 
 
@@ -65,11 +63,11 @@ def variants(written: str, config: Config) -> list[Variant]:
     policy, colon, _ = text.partition(":")
     fixed = not colon or policy == "static"
     _refuse_misspelt(text if fixed else policy, config)
-    bundle = config.predictor.bundle if policy in _PREDICTIVE else None
+    bundle = config.predictor.bundle if policy in policies.PREDICTIVE else None
     if text != written and bundle is None:
         raise ConfigError(
             f"--policies: `{written}` is no different from `{text}` "
-            + ("here: no bundle is configured" if policy in _PREDICTIVE else "anywhere")
+            + ("here: no bundle is configured" if policy in policies.PREDICTIVE else "anywhere")
         )
     made = [Variant(text, text, text, bundle)] if fixed else _with_knobs(text, bundle, config)
     return made if text == written else [_without_bundle(each) for each in made]

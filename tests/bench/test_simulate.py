@@ -122,7 +122,9 @@ def a_plan(traces: Path, cluster: Path, *policies: str, load: str = "0.8") -> si
         ("router_oracle", ["router_oracle"], ["router_oracle"], "router_only", "oracle"),
         ("chimera:predictions=noise:2", ["chimera noise:2"], ["chimera noise:2"], "chimera",
          "noise:2"),
-        ("static:a:b", ["static:a:b"], ["static:a:b"], "static:a:b", "prior"),
+        ("chimera:tries=2,price=1", ["chimera tries=2 price=1"], ["chimera tries=2"], "chimera",
+         "prior"),
+        ("static:a:b", ["static:a:b"], ["static:a:b"], "static:a:b", "constant"),
     ],
 )  # fmt: skip
 def test_notation(
@@ -178,6 +180,8 @@ def test_misspelt_policies(written: str, said: str) -> None:
         (["--policy", "chimra"], "no policy 'chimra'"),
         (["--set", "prise=1"], "--set: no knob `prise` here; did you mean `price`"),
         (["--predictions", "magic"], "no predictions 'magic'"),
+        (["--policy", "chimera:tries=0"], "`tries` is a whole number from 1 to 100, not 0"),
+        (["--policy", "chimera:optional=yes"], "`optional` is a whole number from 0 to 1"),
         (["--predictions", "bundle:nowhere"], "nowhere"),
         (["--arrivals", "sometimes"], "--arrivals 'sometimes': there are: poisson"),
         (["--arrivals", "azure-code:nowhere"], "nowhere/arrivals.parquet"),
