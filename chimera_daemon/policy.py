@@ -216,23 +216,24 @@ def _chimera(config: Config) -> Policy:
     ) -> Choice:
         """Argmax of q - price * (F + X) / idle latency: success against seconds, joined.
 
-        A model that takes a run over does the rest of it: what it gains counts by its share of the
-        stages. Where earlier tries of the task have failed, confidence is what is left of it after
-        that; where the client would try again, a score includes what that would bring. An optional
-        stage that is worth less than nothing is declined.
+        A model that takes a run over is credited with no more than the one that has it: nobody has
+        seen how such runs end, so only time is a reason. Where earlier tries of the task have
+        failed, confidence is what is left of it after that; where the client would try again, a
+        score includes what that would bring. An optional stage that is worth less than nothing is
+        declined.
         """
         price_per_s = price / cluster.idle_latency_s
         best, best_score = "", float("-inf")
         candidates: list[Candidate] = []
         predictions, other = prediction.models, prediction.other
-        tries, done = stage.tries, 0
+        tries = stage.tries
         failed: tuple[str, ...] = ()
-        present = beaten = 0.0
-        if workflow.model is not None:
-            done, present = stage.stage, prediction.of(workflow.model).confidence
+        present, beaten = 1.0, 0.0
         if tries is not None and tries.failed:
             failed = tries.failed
             beaten = max(prediction.of(name).confidence for name in failed)
+        if workflow.model is not None:
+            present = after_failure(prediction.of(workflow.model).confidence, beaten)
         for view in models:
             name = view.name
             predicted = predictions.get(name, other)
@@ -240,15 +241,14 @@ def _chimera(config: Config) -> Policy:
             q = predicted.confidence
             if failed:
                 q = 0.0 if name in failed else after_failure(q, beaten)
-            elif done:
-                left = 1.0 + predicted.remaining_stages
-                q = present + (q - present) * left / (done + left)
+            if q > present:
+                q = present
             score = q - price_per_s * (finish + delay)
             tokens = view.running_tokens + view.waiting_tokens
             candidates.append(Candidate(name, score, q, finish, tokens))
             if score > best_score or not best:
                 best, best_score = name, score
-        if tries is not None and tries.left and not done:
+        if tries is not None and tries.left and workflow.model is None:
             candidates = [_with_next_try(c, candidates) for c in candidates]
             best, best_score = max(((c.model, c.score) for c in candidates), key=itemgetter(1))
         if stage.optional and best_score < 0.0:

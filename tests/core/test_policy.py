@@ -136,25 +136,15 @@ def test_the_score_is_confidence_less_price_times_relative_seconds() -> None:
     assert (choice.model, choice.reason) == ("small", "score")
 
 
-@pytest.mark.parametrize(
-    ("number", "later", "gain"),
-    [
-        (0, 1.0, 0.4),  # it would do all of it
-        (2, 1.0, 0.2),  # two stages of four
-        (3, 0.0, 0.1),  # the last of four
-    ],
-)
-def test_a_model_that_takes_over_counts_by_its_share_of_the_stages(
-    number: int, later: float, gain: float
-) -> None:
-    predicted = prediction(small=predict(100, 0.3, later), large=predict(100, 0.7, later))
-    workflow = WorkflowView("w", "code", "small" if number else None)
-    models = [view(), view("large")]
-    policy = make_policy(Config(price=0.0))
-    choice = policy.choose(stage(stage=number), predicted, workflow, models, ClusterView())
-    small, large = choice.candidates
-    assert small.score == pytest.approx(0.3)
-    assert large.score - small.score == pytest.approx(gain)
+def test_a_model_that_takes_over_is_credited_with_no_more_than_the_one_that_has_the_run() -> None:
+    predicted = prediction(small=predict(100, 0.3), medium=predict(100, 0.2), large=predict(9, 0.9))
+    models = [view(), view("medium"), view("large")]
+    for model, expected in ((None, [0.3, 0.2, 0.9]), ("small", [0.3, 0.2, 0.3])):
+        workflow = WorkflowView("w", "code", model)
+        policy = make_policy(Config(price=0.5))
+        choice = policy.choose(stage(stage=2), predicted, workflow, models, ClusterView())
+        assert [c.confidence for c in choice.candidates] == expected
+        assert choice.model == "large"  # quicker all the same
 
 
 @pytest.mark.parametrize(
@@ -192,6 +182,18 @@ def test_a_further_try_goes_to_another_model_with_what_is_left_of_its_confidence
     assert [c.confidence for c in choice.candidates] == pytest.approx(
         [0.0, 0.0, after_failure(0.9, 0.5)]
     )
+
+
+def test_later_stages_of_a_further_try_know_of_the_failure_too() -> None:
+    predicted = prediction(small=predict(100, 0.5), large=predict(100, 0.9))
+    policy = make_policy(Config(price=0.0))
+    later = stage(stage=1, tries=Tries(("medium", "small")))
+    workflow = WorkflowView("w", "code", "large")
+    choice = policy.choose(later, predicted, workflow, [view(), view("large")], ClusterView())
+    assert choice.model == "large"
+    left = after_failure(0.9, 0.5)
+    assert [c.confidence for c in choice.candidates] == pytest.approx([0.0, left])
+    assert left < 0.9
 
 
 def test_what_is_quick_to_have_tried_comes_first_if_there_is_another_try() -> None:
