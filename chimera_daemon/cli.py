@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_simulate(commands)
     _add_tune(commands)
+    _add_measure(commands)
     _add_bench(commands)
     return parser
 
@@ -337,6 +338,17 @@ def _add_tune(commands: Any) -> None:
     parser.set_defaults(extra="train")
 
 
+def _add_measure(commands: Any) -> None:
+    parser = commands.add_parser(
+        "measure",
+        help="measure a running engine's costs, as a profile for the simulator",
+        description="Send batches to the engine of a running daemon that serves a model, which "
+        "must have no other work, and print what its steps cost as a table for "
+        "`chimera simulate --cluster`.",
+    )
+    _bench_command(parser, "measure")
+
+
 def _add_bench(commands: Any) -> None:
     parser = commands.add_parser("bench", help="measure overhead and speed on this machine")
     benches = parser.add_subparsers(required=True, metavar="BENCH")
@@ -344,6 +356,7 @@ def _add_bench(commands: Any) -> None:
         ("overhead", "overhead", "client, daemon and echo engines: round trips and stages/s"),
         ("core", "core_speed", "events per second of the scheduler core"),
         ("kernels", "kernels", "the GPU kernels of prediction against torch.compile"),
+        ("calibration", "calibration", "the simulator against a real engine on the same work"),
         ("traces", "traces", "run the testbed and write its runs down, to train predictors on"),
     ):
         child = benches.add_parser(name, help=text, description=text)

@@ -7,11 +7,14 @@ figures of GPUs from NVIDIA's data sheets (dense BF16, without sparsity).
 
 from collections.abc import Iterable, Sequence
 from math import isfinite
+from typing import TYPE_CHECKING
 
-import numpy as np
 from msgspec import Struct
 
 from chimera_bench.sim_engine import EngineProfile
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _MIN_SAMPLES = 4
 _CONTEXT_TOKENS = 1000  # of a sequence in a full batch, at least
@@ -215,6 +218,7 @@ class StepSample(Struct, frozen=True, forbid_unknown_fields=True):
     kv_tokens: int  # held by all of them
     prefill_tokens: int  # prompt tokens read in it
     seconds: float
+    prompts: int = 0  # that it began to read
 
 
 class StepCost(Struct, frozen=True, forbid_unknown_fields=True):
@@ -224,6 +228,7 @@ class StepCost(Struct, frozen=True, forbid_unknown_fields=True):
     step_per_seq_s: float
     step_per_kv_token_s: float
     prefill_s_per_token: float
+    prompt_s: float
     relative_error: float  # root mean square of (fitted - measured) / measured
 
 
@@ -234,26 +239,34 @@ def fit_steps(samples: Sequence[StepSample]) -> StepCost:
     among the samples gets no term of its own: what it costs is part of ``step_s``. Raises
     `ValueError` for fewer than four samples and for what is no time.
     """
+    import numpy as np
+
     if len(samples) < _MIN_SAMPLES:
         raise ValueError(f"{len(samples)} samples of steps; at least {_MIN_SAMPLES} are needed")
     for number, sample in enumerate(samples):
         if not (isfinite(sample.seconds) and sample.seconds > 0.0):
             raise ValueError(f"sample {number}: a step of {sample.seconds} s")
-        if min(sample.sequences, sample.kv_tokens, sample.prefill_tokens) < 0:
+        if min(_counts(sample)) < 0:
             raise ValueError(f"sample {number}: a count below 0")
-    rows = np.array([(1.0, s.sequences, s.kv_tokens, s.prefill_tokens) for s in samples])
+    rows = np.array([(1.0, *_counts(sample)) for sample in samples])
     seconds = np.array([s.seconds for s in samples])
-    terms = _non_negative(rows / seconds[:, None], [c for c in range(4) if _tells(rows[:, c], c)])
+    terms = _non_negative(rows / seconds[:, None], [c for c in range(5) if _tells(rows[:, c], c)])
     error = float(np.sqrt(np.mean((rows @ terms / seconds - 1.0) ** 2)))
     return StepCost(*(float(term) for term in terms), relative_error=error)
 
 
-def _tells(column: np.ndarray, number: int) -> bool:
-    return number == 0 or bool(np.ptp(column))
+def _counts(sample: StepSample) -> tuple[int, int, int, int]:
+    return sample.sequences, sample.kv_tokens, sample.prefill_tokens, sample.prompts
 
 
-def _non_negative(rows: np.ndarray, columns: Iterable[int]) -> np.ndarray:
+def _tells(column: "np.ndarray", number: int) -> bool:
+    return number == 0 or bool(column.max() > column.min())
+
+
+def _non_negative(rows: "np.ndarray", columns: Iterable[int]) -> "np.ndarray":
     """Terms with ``rows @ terms`` near 1; the most negative is left out until none is."""
+    import numpy as np
+
     left = list(columns)
     terms = np.zeros(rows.shape[1])
     while left:
@@ -275,6 +288,7 @@ def measured(
     context_tokens: int,
     token_budget: int = 2048,
     prefix_cache: bool = True,
+    overhead_s: float = 0.0,
 ) -> EngineProfile:
     """A profile from measured steps; bounds are what the engine was started with.
 
@@ -296,4 +310,6 @@ def measured(
         context_tokens=context_tokens,
         token_budget=token_budget,
         prefix_cache=prefix_cache,
+        prompt_s=step.prompt_s,
+        overhead_s=overhead_s,
     )

@@ -25,9 +25,11 @@ class EngineProfile(Struct, frozen=True, forbid_unknown_fields=True):
 
     A step of n decoding sequences that reads k prompt tokens while the running sequences hold kv
     tokens takes ``step_s + step_per_seq_s n + step_per_kv_token_s kv + prefill_s_per_token k``
-    seconds. A mixture of experts reads only those that its tokens touch: to read all takes
-    ``experts_s``, of which a step takes the share ``1 - (1 - expert_share)^(n + k)``. Raises
-    `ValueError` where a value makes no sense.
+    seconds, and ``prompt_s`` more for each prompt that it begins to read. A mixture of experts
+    reads only those that its tokens touch: to read all takes ``experts_s``, of which a step takes
+    the share ``1 - (1 - expert_share)^(n + k)``. What a request needs beside steps (messages,
+    tokenising, answering) holds up no other: ``overhead_s``, all of it before the first step.
+    Raises `ValueError` where a value makes no sense.
     """
 
     step_s: float
@@ -41,11 +43,13 @@ class EngineProfile(Struct, frozen=True, forbid_unknown_fields=True):
     prefix_cache: bool = True
     experts_s: float = 0.0
     expert_share: float = 0.0  # of the experts, that one token takes
+    prompt_s: float = 0.0
+    overhead_s: float = 0.0
 
     def __post_init__(self) -> None:
         for name in (
             *("step_s", "step_per_seq_s", "step_per_kv_token_s", "prefill_s_per_token"),
-            "experts_s",
+            *("experts_s", "prompt_s", "overhead_s"),
         ):
             value = getattr(self, name)
             if not (isfinite(value) and value >= 0.0):
@@ -63,7 +67,9 @@ class EngineProfile(Struct, frozen=True, forbid_unknown_fields=True):
                 "decoding alone would use it up"
             )
 
-    def step(self, sequences: int, kv_tokens: int = 0, prefill_tokens: int = 0) -> float:
+    def step(
+        self, sequences: int, kv_tokens: int = 0, prefill_tokens: int = 0, prompts: int = 0
+    ) -> float:
         """Seconds of one step."""
         seconds = self.step_s
         if self.experts_s:
@@ -74,6 +80,7 @@ class EngineProfile(Struct, frozen=True, forbid_unknown_fields=True):
             + self.step_per_seq_s * sequences
             + self.step_per_kv_token_s * kv_tokens
             + self.prefill_s_per_token * prefill_tokens
+            + self.prompt_s * prompts
         )
 
     def believed(self) -> Profile:
@@ -109,7 +116,7 @@ class _Sequence:
 
     __slots__ = (
         "attempt_id", "priority", "order", "prompt", "output", "prefix", "shared", "read",
-        "unread", "produced", "joined", "ends", "decoding", "cancelled", "started_s",
+        "unread", "produced", "joined", "ends", "decoding", "cancelled", "arrives_s", "started_s",
     )  # fmt: skip
 
     def __init__(
@@ -130,6 +137,7 @@ class _Sequence:
         self.ends = 0  # the step count with which it has all its tokens
         self.decoding = False
         self.cancelled = False
+        self.arrives_s = 0.0
         self.started_s = -1.0
 
 
@@ -144,8 +152,8 @@ class SimEngine:
         "profile", "ends_s", "busy_s", "events", "admissions", "preemptions", "prefilled_tokens",
         "cached_tokens", "output_tokens", "peak_running", "peak_kv", "_began_s", "_leap", "_base",
         "_growth", "_chunk", "_takes", "_boundary", "_running", "_prefilling", "_decoding",
-        "_waiting", "_queue", "_finishing", "_cancelled", "_kv", "_reserved", "_steps", "_order",
-        "_cache", "_cached", "_seen_tokens", "_seen_s",
+        "_waiting", "_arriving", "_queue", "_finishing", "_cancelled", "_kv", "_reserved", "_steps",
+        "_order", "_cache", "_cached", "_seen_tokens", "_seen_s",
     )  # fmt: skip
 
     def __init__(self, profile: EngineProfile) -> None:
@@ -173,7 +181,10 @@ class SimEngine:
         self._prefilling: deque[_Sequence] = deque()  # those of them that read, in order
         self._decoding = 0  # the number of the others
         self._waiting: dict[int, _Sequence] = {}
-        self._queue: list[tuple[int, int, _Sequence]] = []  # heap; dead where not in `_waiting`
+        self._arriving: deque[_Sequence] = deque()  # those of them on their way, in order
+        self._queue: list[
+            tuple[int, int, _Sequence]
+        ] = []  # the others; a heap, dead where cancelled
         self._finishing: list[tuple[int, int, _Sequence]] = []  # heap by step count; may be dead
         self._cancelled: list[_Sequence] = []
         self._kv = 0  # tokens that running sequences hold
@@ -223,12 +234,13 @@ class SimEngine:
             attempt_id, priority, self._order, prompt_tokens, output_tokens, prefix, shared_tokens
         )
         self._waiting[attempt_id] = sequence
-        heappush(self._queue, (priority, self._order, sequence))
-        if self._boundary or len(self._running) >= self.profile.slots:
-            return
-        # Steps that read a prompt are either single or have no budget left for another.
-        if not self._chunk or now <= self._began_s:
-            self._shorten(now)
+        sequence.arrives_s = now + self.profile.overhead_s
+        if self.profile.overhead_s:
+            self._arriving.append(sequence)
+        else:
+            heappush(self._queue, (priority, self._order, sequence))
+        if not self._boundary:
+            self._heed(sequence.arrives_s)
 
     def cancel(self, now: float, attempt_id: int) -> None:
         """Stop an attempt at the end of the current step; legal for any number."""
@@ -253,27 +265,36 @@ class SimEngine:
         if not self._boundary:
             self.complete()
         self._began_s = now
+        arriving = self._arriving
+        while arriving and (arriving[0].arrives_s <= now or arriving[0].cancelled):
+            sequence = arriving.popleft()
+            heappush(self._queue, (sequence.priority, sequence.order, sequence))
+        begun = self.admissions
         profile = self.profile
         preempted = False
         if self._kv + self._reserved + self._decoding > profile.kv_tokens:
             self._make_room()
             preempted = True
-        elif self._waiting and len(self._running) < profile.slots:
+        elif self._queue and len(self._running) < profile.slots:
             self._admit()
+        begun = self.admissions - begun
         decoding = self._decoding
         chunk = self._fill_budget() if self._prefilling else 0
         self._boundary = False
         if not decoding and not chunk:
-            assert not self._waiting, "an idle engine lets a sequence wait"
+            assert len(self._waiting) <= len(arriving), "an idle engine lets a sequence wait"
             self._boundary = True
-            self.ends_s = inf
+            self.ends_s = arriving[0].arrives_s if arriving else inf
             return
         self._chunk = chunk
         self._growth = growth = decoding + chunk
-        self._base = base = profile.step(decoding, self._kv, chunk)
+        self._base = base = profile.step(decoding, self._kv, chunk, begun)
         # After a preemption nobody joins for a step; who does then is open.
-        self._leap = steps = 1 if preempted else self._longest_leap()
+        single = preempted or (begun and profile.prompt_s)
+        self._leap = steps = 1 if single else self._longest_leap()
         self.ends_s = now + _series(steps, base, profile.step_per_kv_token_s * growth)
+        if arriving:
+            self._heed(arriving[0].arrives_s)
 
     def complete(self) -> list[Finished]:
         """The current leap has ended: what finished with it, in order."""
@@ -309,6 +330,14 @@ class SimEngine:
         half = 0.5 * self.profile.step_per_kv_token_s * self._growth
         linear = self._base - half
         return 2.0 * seconds / (linear + sqrt(linear * linear + 4.0 * half * seconds))
+
+    def _heed(self, arrives_s: float) -> None:
+        """End the leap with the step in which somebody arrives who may join after it."""
+        if len(self._running) >= self.profile.slots:
+            return
+        # Steps that read a prompt are either single or have no budget left for another.
+        if not self._chunk or arrives_s <= self._began_s:
+            self._shorten(arrives_s)
 
     def _shorten(self, now: float) -> None:
         """End the leap with the step that is under way; at its very start, before it."""
@@ -532,7 +561,9 @@ class SimEngine:
         assert self._cached == sum(self._cache.values())
         assert all(tokens > 0 for tokens in self._cache.values())
         queued = {s.attempt_id for _, _, s in self._queue if not s.cancelled}
-        assert queued == self._waiting.keys()
+        coming = {s.attempt_id for s in self._arriving if not s.cancelled}
+        assert queued | coming == self._waiting.keys()
+        assert not queued & coming
         for sequence in running:
             if sequence.decoding:
                 assert sequence.joined <= self._steps <= sequence.ends

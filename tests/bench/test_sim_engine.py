@@ -77,8 +77,8 @@ def step_by_step(profile: EngineProfile, arrivals: list[Arrival]) -> dict[int, f
 
     while coming or waiting or running:
         if not waiting and not running:
-            now = max(now, coming[0].at_s)
-        while coming and coming[0].at_s <= now:
+            now = max(now, coming[0].at_s + profile.overhead_s)
+        while coming and coming[0].at_s + profile.overhead_s <= now:
             coming[0].read = coming[0].prompt
             waiting.append(coming.pop(0))
         preempted = False
@@ -91,11 +91,13 @@ def step_by_step(profile: EngineProfile, arrivals: list[Arrival]) -> dict[int, f
         waiting.sort(key=key)
         budget = profile.token_budget - sum(a.held == a.read for a in running)
         budget -= sum(a.read - a.held for a in running)
+        begun = len(running)
         while waiting and not preempted and budget > 0 and len(running) < profile.slots:
             if used() + waiting[0].read > profile.kv_tokens:
                 break
             budget -= waiting[0].read
             running.append(waiting.pop(0))
+        begun = len(running) - begun
         decoding = [a for a in running if a.held == a.read]
         budget = profile.token_budget - len(decoding)
         kv, chunk = sum(a.held for a in running), 0
@@ -109,7 +111,7 @@ def step_by_step(profile: EngineProfile, arrivals: list[Arrival]) -> dict[int, f
                     a.produced += 1
         for a in decoding:
             a.held, a.read, a.produced = a.held + 1, a.read + 1, a.produced + 1
-        now += profile.step(len(decoding), kv, chunk)
+        now += profile.step(len(decoding), kv, chunk, begun)
         for a in [a for a in running if a.produced == a.output]:
             running.remove(a)
             ends[a.attempt_id] = now
@@ -164,6 +166,8 @@ def test_leaps_agree_with_single_steps() -> None:
             context_tokens=rng.choice((60, 280)),
             token_budget=rng.choice((9, 64, 512)),
             prefix_cache=False,
+            prompt_s=rng.choice((0.0, 0.0, 0.004)),
+            overhead_s=rng.choice((0.0, 0.0, 0.002, 0.3)),
         )
         arrivals = drawn(rng, 40, rng.choice((0.5, 5.0, 50.0)), profile.context_tokens)
         ends, engine = run(profile, arrivals)
@@ -236,6 +240,31 @@ def test_a_prefix_is_read_once_and_forgotten_when_memory_is_needed() -> None:
     assert engine.cached_tokens == 120 + 90
 
 
+def test_what_a_request_needs_beside_steps_delays_it_and_nobody_else() -> None:
+    profile = replace(PROFILE, overhead_s=0.25, prompt_s=0.005)
+    alone, engine = run(profile, [Arrival(1.0, 1, 0, 10, 100)])
+    prefill, decode = profile.step(0, 0, 10, 1), [PROFILE.step(1, 10 + t) for t in range(99)]
+    assert isclose(prefill, PROFILE.step(0, 0, 10) + 0.005)
+    assert isclose(alone[1], 1.25 + prefill + sum(decode), rel_tol=1e-12)
+    assert isclose(engine.busy_s, alone[1] - 1.25, rel_tol=1e-12)
+    # The second is on its way while the first decodes, and joins after the step of its arrival.
+    ends, _ = run(profile, [Arrival(1.0, 1, 0, 10, 100), Arrival(1.1, 2, 0, 20, 1)])
+    now, steps = 1.25 + prefill, 0
+    while now < 1.35:
+        now, steps = now + decode[steps], steps + 1
+    joined = profile.step(1, 10 + steps, 20, 1)
+    assert isclose(ends[2], now + joined, rel_tol=1e-12)
+    assert isclose(ends[1], alone[1] + joined - decode[steps], rel_tol=1e-12)
+
+
+def test_an_attempt_can_be_cancelled_on_its_way() -> None:
+    profile = replace(PROFILE, overhead_s=0.25)
+    arrivals = [Arrival(0.0, n, 0, 10, 50) for n in (1, 2)]
+    ends, engine = run(profile, arrivals, {1: 0.1})
+    assert ends == run(profile, arrivals[1:])[0]
+    assert engine.admissions == 1
+
+
 def test_cancelled_attempts_free_slot_and_memory_after_the_step() -> None:
     one = replace(PROFILE, slots=1)
     arrivals = [Arrival(0.0, n, 0, 10, 50) for n in (1, 2, 3)]
@@ -290,6 +319,8 @@ def test_bad_input_is_refused_by_name() -> None:
         ({"step_s": 0.0}, "`step_s` must be more than 0"),
         ({"prefill_s_per_token": -1.0}, "`prefill_s_per_token` must be a finite time"),
         ({"step_per_seq_s": inf}, "`step_per_seq_s` must be a finite time"),
+        ({"prompt_s": -1.0}, "`prompt_s` must be a finite time"),
+        ({"overhead_s": inf}, "`overhead_s` must be a finite time"),
         ({"slots": 0}, "`slots` must be at least 1"),
         ({"token_budget": 4}, "`token_budget` .4. must be more than `slots`"),
     ):
