@@ -18,7 +18,8 @@ from tests.daemon.harness import World, run
 ROOT = Path(__file__).parents[2]
 PATH = os.pathsep.join(str(ROOT / folder) for folder in ("", "kernels", "predictors", "bench"))
 LEARNING = ["train", "eval", "traces"]
-COMMANDS = ["up", "daemon", "engine", "status", *LEARNING, "demo", "bench"]
+SIMULATING = ["simulate", "tune", "measure"]
+COMMANDS = ["up", "daemon", "engine", "status", *LEARNING, "demo", "bench", *SIMULATING]
 
 
 def chimera(*arguments: str, prelude: str = "") -> subprocess.CompletedProcess[str]:
