@@ -20,9 +20,9 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from chimera_bench import machine, measure, sim_engine, simulator, workload
+from chimera_bench import machine, measure, sim_engine, sim_input, simulator, workload
 from chimera_bench.cluster import Cluster, ClusterError
-from chimera_bench.simulator import EngineSetup, StageTruth, Workflow
+from chimera_bench.sim_input import EngineSetup, StageTruth, Workflow
 from chimera_bench.workload import Record
 from chimera_daemon import config as configuration
 from chimera_daemon.client import ChimeraError, Client
@@ -301,7 +301,7 @@ def replayed(record: Record, model: str) -> Workflow:
         str(record.number),
         begins[0],
         record.stages[0].prompt_tokens,
-        {model: simulator.Run(tuple(truths), float(record.success))},
+        {model: sim_input.Run(tuple(truths), float(record.success))},
         record.kind,
     )
 

@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 
 from chimera_bench.engine_profiles import GPUS, MODELS, Gpu, ModelSize, Roofline
 from chimera_bench.sim_engine import EngineProfile
-from chimera_bench.simulator import EngineSetup
+from chimera_bench.sim_input import EngineSetup
 from chimera_daemon.config import ConfigError
 from chimera_daemon.messages import Id
 

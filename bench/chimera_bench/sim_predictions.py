@@ -15,15 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from chimera_bench.sim_input import Run, StageTruth, Workflow
 from chimera_bench.sim_workload import Sample, Task, contexts
-from chimera_bench.simulator import (
-    Outcome,
-    Run,
-    StageTruth,
-    Workflow,
-    first_workflow_id,
-    mean_outcome,
-)
+from chimera_bench.simulator import Outcome, first_workflow_id, mean_outcome
 from chimera_daemon.config import Config
 from chimera_daemon.messages import (
     LEVELS,
@@ -45,6 +39,7 @@ if TYPE_CHECKING:
 
 History = tuple[str, ...]  # models of the stages answered so far
 Models = dict[str, ModelPrediction]
+Answers = dict[tuple[str, str, History], Models]  # by task id, kind and models so far
 
 _BATCH = 256
 _UNKNOWN = 0.5  # confidence where no success is known
@@ -297,8 +292,9 @@ class Learned(_Cached):
     """What trained bundles say, asked as the daemon asks them.
 
     ``model_of`` gives each task its bundle: one that has not seen it (`Folds`), or always the same.
-    Workflows that keep to one model are predicted at once, in batches; those that change models
-    when they come up, one by one, so that nothing depends on their order. Parts of a prediction
+    Workflows that keep to one model are predicted at once, in batches (``made``, to be handed to
+    others of the same tasks and bundles); those that change models when they come up, one by one,
+    so that nothing depends on their order. Parts of a prediction
     that a bundle knows nothing of are `Constant`'s over ``tasks``, as the daemon takes its prior's.
     Raises `ValueError` where a bundle does not know a model of the tasks.
     """
@@ -308,11 +304,15 @@ class Learned(_Cached):
         tasks: Sequence[Task],
         model_of: Callable[[Task], Model],
         progress: Progress = lambda what, share: None,
+        made: Answers | None = None,
     ) -> None:
         super().__init__()
         self._constant = Constant(tasks)
         self._model_of = model_of
-        self._learned: dict[tuple[str, str, History], Models] = {}
+        self.made: Answers = self._make(tasks, progress) if made is None else made
+
+    def _make(self, tasks: Sequence[Task], progress: Progress) -> Answers:
+        made: Answers = {}
         groups: dict[int, tuple[Model, list[tuple[Task, History]]]] = {}
         for task in tasks:
             model = self._checked(task)
@@ -327,7 +327,8 @@ class Learned(_Cached):
         for number, (model, asked) in enumerate(batches):
             progress("predictions", number / len(batches))
             for (task, history), found in zip(asked, _asked(model, asked), strict=True):
-                self._learned[task.task_id, task.kind, history] = found
+                made[task.task_id, task.kind, history] = found
+        return made
 
     def _checked(self, task: Task) -> Model:
         model = self._model_of(task)
@@ -340,7 +341,7 @@ class Learned(_Cached):
         return model
 
     def _predict(self, task: Task, history: History) -> Models:
-        found = self._learned.get((task.task_id, task.kind, history))
+        found = self.made.get((task.task_id, task.kind, history))
         if found is None:
             (found,) = _asked(self._model_of(task), [(task, history)])
         constant = self._constant.models

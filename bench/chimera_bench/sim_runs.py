@@ -18,11 +18,13 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from chimera_bench import sim_predictions, sim_workload
-from chimera_bench.sim_predictions import Source
+from chimera_bench import sim_arrivals, sim_capacity, sim_predictions, sim_workload
+from chimera_bench.sim_input import EngineSetup
+from chimera_bench.sim_predictions import Answers, Source
 from chimera_bench.sim_workload import Gaps, Sample, Task
-from chimera_bench.simulator import EngineSetup, Result, WorkflowRecord, simulate
+from chimera_bench.simulator import Result, WorkflowRecord, simulate
 from chimera_daemon.config import Config
+from chimera_daemon.reading import Model
 from chimera_predictors.options import Options, Progress
 from chimera_predictors.traces import Traces, read_traces
 
@@ -56,7 +58,7 @@ class Load(Struct, frozen=True):
 
 
 class Plan(Struct, frozen=True):
-    """What to simulate. ``arrivals`` is a name of `sim_workload.arrivals`, with its folder."""
+    """What to simulate. ``arrivals`` is a name of `sim_arrivals.arrivals`, with its folder."""
 
     traces: tuple[Path, ...]
     setups: tuple[EngineSetup, ...]
@@ -119,7 +121,8 @@ class Ground(Struct):
     traces: Traces
     found: sim_workload.TaskSet
     tasks: list[Task]  # of the chosen half
-    capacity: sim_workload.Capacity
+    capacity: sim_capacity.Capacity
+    made: dict[str, Answers] = {}  # predictions of bundles that were made already, by their name
 
     def rate_per_s(self, load: Load) -> float:
         """Workflows per second."""
@@ -135,13 +138,13 @@ def ground(plan: Plan) -> Ground:
     tasks = list(found.tasks)
     if plan.half != "all":
         tasks = sim_workload.half(traces, tasks, plan.half)
-    return Ground(plan, traces, found, tasks, sim_workload.capacity(plan.setups, tasks))
+    return Ground(plan, traces, found, tasks, sim_capacity.capacity(plan.setups, tasks))
 
 
 def draw(ground: Ground, load: Load, seed: int) -> Sample:
     """The workflows that every setting gets at this load with this seed."""
     plan = ground.plan
-    times = sim_workload.arrivals(
+    times = sim_arrivals.arrivals(
         plan.arrivals, ground.rate_per_s(load), plan.workflows, seed, plan.arrivals_folder
     )
     return sim_workload.sample(ground.tasks, times, seed, plan.seen)
@@ -150,6 +153,7 @@ def draw(ground: Ground, load: Load, seed: int) -> Sample:
 def source(ground: Ground, name: str, seed: int, progress: Progress | None = None) -> Source:
     """Predictions by name, `bundle` and `bundle:FOLDER` included; ``seed`` is that of noise.
 
+    What bundles say is kept in the ground, and a bundle is read only for what is not there.
     Averages over tasks are those of the half that knobs are chosen on. Raises `ValueError`.
     """
     what, colon, folder = name.partition(":")
@@ -157,19 +161,24 @@ def source(ground: Ground, name: str, seed: int, progress: Progress | None = Non
         return sim_predictions.degraded(name, _known_tasks(ground), seed)
     from chimera_predictors import predictor
 
+    say = progress or (lambda what, share: None)
     if colon:
-        bundle = predictor.load(folder, device="cpu")
-        return sim_predictions.Learned(ground.tasks, lambda task: bundle)
+        bundle = cache(lambda: predictor.load(folder, device="cpu"))
+        model_of: Callable[[Task], Model] = lambda task: bundle()  # noqa: E731
+    else:
+        folds = cache(lambda: _folds(ground.traces, say))
+        model_of = lambda task: folds().model_of(task)  # noqa: E731
+    learned = sim_predictions.Learned(ground.tasks, model_of, say, ground.made.get(name))
+    ground.made[name] = learned.made
+    return learned
+
+
+def _folds(traces: Traces, progress: Progress) -> sim_predictions.Folds:
     from chimera_predictors.encoder import load_encoder
 
-    folds = sim_predictions.train_folds(
-        ground.traces,
-        load_encoder(),
-        Options(),
-        keep=FOLDS,
-        progress=progress or (lambda what, share: None),
+    return sim_predictions.train_folds(
+        traces, load_encoder(), Options(), keep=FOLDS, progress=progress
     )
-    return sim_predictions.Learned(ground.tasks, folds.model_of)
 
 
 def _known_tasks(ground: Ground) -> Sequence[Task]:
@@ -204,7 +213,7 @@ def _all(plan: Plan, prepared: Ground, jobs: int) -> Iterator[tuple[Cell, Column
     # Spawned, as torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        min(jobs, len(todo)), context, initializer=_start, initargs=(plan,)
+        min(jobs, len(todo)), context, initializer=_start, initargs=(plan, prepared.made)
     ) as pool:
         try:
             futures = {pool.submit(_run, cell): cell for cell in todo}
@@ -248,13 +257,15 @@ def _key(task: Task) -> tuple[str, str]:
 _worker: _Worker | None = None  # of a process of the pool
 
 
-def _start(plan: Plan) -> None:
+def _start(plan: Plan, made: dict[str, Answers]) -> None:
     global _worker
     if any(setting.predictions.startswith("bundle") for setting in plan.settings):
         import torch
 
         torch.set_num_threads(1)  # there are as many processes as cores
-    _worker = _Worker(ground(plan))
+    own = ground(plan)
+    own.made.update(made)
+    _worker = _Worker(own)
 
 
 def _run(cell: Cell) -> Columns:

@@ -1,16 +1,15 @@
-"""What the simulator is given: tasks, when they arrive, and how much of it a cluster can take.
+"""The tasks of a simulation: recorded runs with one for every model, or made-up ones.
 
-Tasks come from trace folders (docs/traces.md), with a run for every model of the cluster, or are
-made up in the shapes of the paper. Owns the halves that knobs are chosen and reported on, and the
-definition of capacity. Knows no policy and no prediction; all of it follows from its seeds.
+Tasks come from trace folders (docs/traces.md) or are made up in the shapes of the paper. Owns the
+halves that knobs are chosen and reported on. Knows no policy and no prediction; all of it follows
+from its seeds.
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
-from math import inf, isfinite
+from math import isfinite
 from pathlib import Path
 from random import Random
 from statistics import NormalDist, median
@@ -19,7 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from msgspec import Struct
 
-from chimera_bench.simulator import EngineSetup, Run, StageTruth, Workflow
+from chimera_bench.sim_input import Run, StageTruth, Workflow
 from chimera_predictors.traces import Traces, TracesError, read_traces
 
 Half = Literal["tune", "test"]
@@ -290,21 +289,6 @@ def sample(
     return Sample(workflows, {w.workflow_id: t for w, t in zip(workflows, drawn, strict=True)})
 
 
-# Work and capacity.
-
-
-class Work(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a workflow asks of one model in the mean over tasks, if that does all of it."""
-
-    stages: float
-    prompt_tokens: float  # of all stages, contexts read again and again
-    new_prompt_tokens: float  # of them, not part of the context of the stage before
-    output_tokens: float
-    held_tokens: float  # that a decoding sequence holds in memory, in the mean over its time
-    gap_s: float
-    success: float | None  # None: not known of every run
-
-
 def contexts(prompt_tokens: int, stages: Sequence[StageTruth]) -> Iterator[tuple[int, int]]:
     """(tokens of the prompt, of these part of the stage before's context) for each of the stages.
 
@@ -315,209 +299,6 @@ def contexts(prompt_tokens: int, stages: Sequence[StageTruth]) -> Iterator[tuple
         yield prompt_tokens, shared
         shared = prompt_tokens + stage.output_tokens if stage.keeps_context else 0
         prompt_tokens = shared + stage.new_tokens
-
-
-def mean_work(tasks: Sequence[Task], model: str) -> Work:
-    """Means over the tasks' runs by this model."""
-    stages = prompts = new = outputs = held = gap_s = 0.0
-    successes: list[float] = []
-    for task in tasks:
-        run = task.runs[model]
-        stages += len(run.stages)
-        gap_s += sum(stage.gap_s for stage in run.stages)
-        if run.success is not None:
-            successes.append(run.success)
-        sizes = contexts(task.prompt_tokens, run.stages)
-        for stage, (prompt, shared) in zip(run.stages, sizes, strict=True):
-            prompts += prompt
-            new += prompt - shared
-            outputs += stage.output_tokens
-            held += stage.output_tokens * (prompt + 0.5 * stage.output_tokens)
-    n = len(tasks)
-    success = sum(successes) / n if len(successes) == n else None
-    return Work(stages / n, prompts / n, new / n, outputs / n, held / outputs, gap_s / n, success)
-
-
-class Part(Struct, frozen=True, forbid_unknown_fields=True):
-    """One engine's part of a capacity."""
-
-    engine: str
-    model: str
-    batch: int  # sequences at work when it is full
-    workflow_s: float  # of the full engine's time per workflow
-    per_s: float  # workflows that it can do alone
-
-
-class Capacity(Struct, frozen=True, forbid_unknown_fields=True):
-    """Workflow rates at which a cluster is full; loads are fractions of `uniform_per_s`."""
-
-    uniform_per_s: float
-    whole_per_s: float
-    engines: tuple[Part, ...]
-
-
-def capacity(
-    engines: Sequence[EngineSetup], tasks: Sequence[Task], *, cached: float = 1.0
-) -> Capacity:
-    """Rates at which uniform routing and at which the whole cluster saturates.
-
-    Engine e, full, works at B_e sequences at once and needs per workflow
-
-        s_e = read tokens · prefill_s_per_token + output tokens · step_e(B_e, B_e·held) / B_e
-
-    seconds, with means over the tasks' runs by its model (`Work`). Read are the prompt tokens but
-    for the share ``cached`` of those that were the context of the stage before; without a prefix
-    cache all of them. B_e is the least of its slots, what the core may give it, and how many
-    sequences its memory holds. Of E engines under uniform routing each gets 1/E of the workflows,
-    so the slowest is full at ``uniform = E · min 1/s_e``. If every engine gets what it can do, all
-    are full at ``whole = Σ 1/s_e``: a policy that sends each model the tasks it is short at may
-    pass that by a little.
-
-    The default is for workflows that stay with one engine and find their contexts again. That ends
-    where queues grow: waiting workflows push each other out of the cache, and the rate falls to
-    that of ``cached`` 0. So does part of it where stages of a workflow go to several engines.
-    """
-    if not engines or not tasks:
-        raise ValueError("a capacity needs engines and tasks")
-    if not 0.0 <= cached <= 1.0:
-        raise ValueError(f"`cached` must be from 0 to 1, not {cached}")
-    parts = tuple(_part(setup, mean_work(tasks, setup.model), cached) for setup in engines)
-    rates = [part.per_s for part in parts]
-    return Capacity(len(parts) * min(rates), sum(rates), parts)
-
-
-def _part(setup: EngineSetup, work: Work, cached: float) -> Part:
-    profile = setup.profile
-    most = min(profile.slots, setup.max_inflight or profile.slots)
-    batch = max(1, min(most, int(profile.kv_tokens / work.held_tokens)))
-    found = cached if profile.prefix_cache else 0.0
-    read = work.prompt_tokens - found * (work.prompt_tokens - work.new_prompt_tokens)
-    step_s = profile.step(batch, round(batch * work.held_tokens))
-    workflow_s = read * profile.prefill_s_per_token + work.output_tokens * step_s / batch
-    return Part(setup.name, setup.model, batch, workflow_s, 1.0 / workflow_s)
-
-
-# Arrivals.
-
-
-def arrivals(
-    name: str, rate_per_s: float, number: int, seed: int, folder: Path | None = None
-) -> list[float]:
-    """Times of so many arrivals: "poisson", "bursty", or a trace's name in the folder.
-
-    All have the asked rate in the mean. Raises `ValueError` for a rate that is none and a name
-    that there is not.
-    """
-    if name == "poisson":
-        return poisson_arrivals(rate_per_s, number, seed)
-    if name == "bursty":
-        return bursty_arrivals(rate_per_s, number, seed)
-    if folder is None:
-        raise ValueError(
-            f"arrivals {name!r}: neither poisson nor bursty; a trace's name needs its folder"
-        )
-    return replayed_arrivals(folder, name, rate_per_s, number, seed)
-
-
-def replayed_arrivals(
-    folder: Path, trace: str, rate_per_s: float, number: int, seed: int
-) -> list[float]:
-    """A stretch of a recorded trace (`arrivals.parquet`), in which time is scaled to the rate.
-
-    The seed says where it begins; after its end a trace begins anew. The stretch itself has the
-    rate, however busy a time it is from, so that all seeds have one load. Raises `ValueError`.
-    """
-    _check_rate(rate_per_s)
-    times = _recorded_times(folder, trace)
-    gaps = np.diff(times)
-    start = Random(f"arrivals {seed}").randrange(len(gaps))
-    chosen = np.take(gaps, range(start, start + number), mode="wrap")
-    total = float(chosen.sum())
-    if number and total <= 0.0:
-        raise ValueError(f"{folder}: {number} arrivals of {trace!r} come at one instant")
-    scale = number / rate_per_s / total if number else 0.0
-    return [float(at) for at in np.cumsum(chosen) * scale]
-
-
-def _recorded_times(folder: Path, trace: str) -> np.ndarray:
-    path = folder / "arrivals.parquet"
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise TracesError(
-            f"{error}; arrival traces need: pip install 'chimera-daemon[train]'"
-        ) from error
-    try:
-        table = ParquetFile(path).read()
-        names = table["trace"].to_pylist()
-        times = np.asarray(table["t_s"].to_numpy(), dtype=np.float64)
-    except (OSError, KeyError, ValueError, ArrowException) as error:
-        raise ValueError(f"{path}: cannot be read as arrivals (trace, t_s): {error}") from error
-    if trace not in names:
-        there = ", ".join(sorted({str(name) for name in names}))
-        raise ValueError(f"{path}: no trace {trace!r}; there are: {there}")
-    times = np.sort(times[np.array([name == trace for name in names])])
-    if len(times) < 2 or not np.isfinite(times).all():
-        raise ValueError(f"{path}: trace {trace!r} needs two arrivals or more, all at known times")
-    return times
-
-
-def bursty_arrivals(
-    rate_per_s: float,
-    number: int,
-    seed: int,
-    *,
-    variation: float = 2.0,
-    swing: float = 0.5,
-    days: float = 2.0,
-) -> list[float]:
-    """Bursts on a day's ebb and flow, as traces of chat services show (Mooncake, arXiv 2407.00079).
-
-    No recorded trace: gamma distributed gaps g with mean 1 and coefficient of variation
-    ``variation`` (shape 1/variation²), under a rate that goes up and down,
-    ``rate(t) = rate_per_s · (1 + swing · sin(2π t / period))``: the n-th arrival is where the
-    integral of rate(t) reaches g_1 + … + g_n. ``days`` periods fit into the expected length of
-    the run. Raises `ValueError` for values that make no sense.
-    """
-    _check_rate(rate_per_s)
-    if not (isfinite(variation) and variation > 0.0 and 0.0 <= swing < 1.0 and 0.0 < days < inf):
-        raise ValueError(
-            f"bursty arrivals: variation {variation} and days {days} must be more than 0, "
-            f"swing {swing} from 0 to below 1"
-        )
-    draw, shape = Random(f"bursts {seed}"), variation**-2.0
-    period_s = number / rate_per_s / days
-    draws = (draw.gammavariate(shape, 1.0 / shape) for _ in range(number))
-    return [_when(total / rate_per_s, swing, period_s) for total in accumulate(draws)]
-
-
-def _when(even_s: float, swing: float, period_s: float) -> float:
-    """The time by which a swinging rate has brought as many as an even one by ``even_s``.
-
-    That is t + swing · period/2π · (1 − cos(2π t/period)) = even_s, increasing in t: bisection.
-    """
-    reach = swing * period_s / (2.0 * math.pi)
-    low, high = max(0.0, even_s - 2.0 * reach), even_s
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        if middle + reach * (1.0 - math.cos(2.0 * math.pi * middle / period_s)) < even_s:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-def poisson_arrivals(rate_per_s: float, number: int, seed: int) -> list[float]:
-    """Arrival times of a Poisson process from 0 on; equal seeds give equal times."""
-    _check_rate(rate_per_s)
-    draw = Random(seed)
-    return list(accumulate(draw.expovariate(rate_per_s) for _ in range(number)))
-
-
-def _check_rate(rate_per_s: float) -> None:
-    if not (isfinite(rate_per_s) and rate_per_s > 0.0):
-        raise ValueError(f"the arrival rate must be more than 0 per second, not {rate_per_s}")
 
 
 # Workflows made up in the shapes of the paper.

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from chimera_bench import calibration, simulator
+from chimera_bench import calibration, sim_input, simulator
 from chimera_bench.sim_engine import EngineProfile
-from chimera_bench.simulator import EngineSetup, StageTruth, Workflow
+from chimera_bench.sim_input import EngineSetup, StageTruth, Workflow
 from chimera_bench.testbed import tasks
 from chimera_bench.workload import Record, StageRecord
 from chimera_daemon.config import Config, ConfigError, EngineConfig
@@ -67,7 +67,7 @@ def test_a_reality_that_is_the_simulator_is_met_exactly() -> None:
             str(n),
             0.05 * n,
             30 + n,
-            {"m": simulator.Run((StageTruth(20 + n, 5, 0.1), StageTruth(9, 0, 0.0)), 1.0)},
+            {"m": sim_input.Run((StageTruth(20 + n, 5, 0.1), StageTruth(9, 0, 0.0)), 1.0)},
         )
         for n in range(40)
     ]

@@ -9,7 +9,9 @@ from statistics import fmean, median
 import numpy as np
 import pytest
 
+from chimera_bench.sim_arrivals import poisson_arrivals
 from chimera_bench.sim_engine import EngineProfile
+from chimera_bench.sim_input import EngineSetup, Run, StageTruth, Workflow
 from chimera_bench.sim_predictions import (
     Constant,
     Folds,
@@ -23,22 +25,8 @@ from chimera_bench.sim_predictions import (
     query,
     train_folds,
 )
-from chimera_bench.sim_workload import (
-    Gaps,
-    Task,
-    poisson_arrivals,
-    sample,
-    synthetic_tasks,
-    tasks_of,
-)
-from chimera_bench.simulator import (
-    EngineSetup,
-    Result,
-    Run,
-    StageTruth,
-    Workflow,
-    simulate,
-)
+from chimera_bench.sim_workload import Gaps, Task, sample, synthetic_tasks, tasks_of
+from chimera_bench.simulator import Result, simulate
 from chimera_daemon.config import Config
 from chimera_daemon.messages import ModelPrediction, Prediction, Stage, Usage, WorkflowEnded
 from chimera_daemon.prior import PriorPredictor
@@ -365,6 +353,17 @@ def test_bundles_are_asked_once_and_in_batches() -> None:
     assert model.asked[1:] == [[query(TASK, ("quick", "slow"))]]
     assert set(found.models) == set(TASK.runs)
     assert found.other.stage_tokens_mean == 8.0
+
+
+def test_what_a_bundle_said_is_handed_on() -> None:
+    asked, again = EchoModel(), EchoModel(confidence=0.75)
+    first = Learned([TASK], lambda task: asked)
+    second = Learned([TASK], lambda task: again, made=first.made)
+    for history in ((), ("slow",)):
+        assert second.answer(TASK, history) == first.answer(TASK, history)
+    assert again.asked == []
+    mixed = ("quick", "slow")  # which was not made
+    assert second.answer(TASK, mixed).models["quick"].confidence == 0.75
 
 
 def test_parts_that_a_bundle_does_not_know() -> None:

@@ -13,25 +13,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from chimera_bench.sim_arrivals import arrivals, bursty_arrivals, replayed_arrivals
+from chimera_bench.sim_capacity import capacity, mean_work
 from chimera_bench.sim_engine import EngineProfile
+from chimera_bench.sim_input import EngineSetup, Run, StageTruth
 from chimera_bench.sim_workload import (
     SHAPES,
     Gaps,
     Task,
-    arrivals,
-    bursty_arrivals,
-    capacity,
     contexts,
     half,
-    mean_work,
     read_tasks,
-    replayed_arrivals,
     sample,
     synthetic_tasks,
     tasks_of,
     verdicts_from_texts,
 )
-from chimera_bench.simulator import EngineSetup, Run, StageTruth, simulate
+from chimera_bench.simulator import simulate
 from chimera_daemon.config import Config
 from chimera_daemon.messages import ModelPrediction, Prediction
 from chimera_predictors.traces import StageRow, TracesError, read_traces, write_traces

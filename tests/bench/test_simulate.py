@@ -475,6 +475,32 @@ def test_no_workflow_is_faster_than_on_an_idle_engine(traces: Path, cluster: Pat
             assert columns.latency_s == pytest.approx(bounds.idle_s[columns.task])
 
 
+def test_a_bundle_is_read_once_for_all_simulations(
+    traces: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Halves:
+        """Knows nothing, but all models."""
+
+        models = frozenset({"small", "large"})
+        levels = (0.1, 0.5, 0.9)
+
+        def predict(self, queries: list[Any]) -> list[dict[str, Any]]:
+            return [{} for _ in queries]
+
+    reads: list[str] = []
+    monkeypatch.setattr(
+        "chimera_predictors.predictor.load",
+        lambda folder, device: reads.append(folder) or Halves(),
+    )
+    plan = a_plan(traces, cluster, "chimera:predictions=bundle:there", "least_loaded")
+    ground = sim_runs.ground(plan)
+    sim_runs.source(ground, "bundle:there", 0)
+    assert reads == ["there"]
+    assert len(ground.made["bundle:there"]) >= len(ground.tasks)
+    sim_runs.run(plan, ground, 1, lambda done, cell: None)
+    assert reads == ["there"]
+
+
 def test_numbers_do_not_depend_on_how_many_processes_there_are(traces: Path, cluster: Path) -> None:
     plan = a_plan(traces, cluster, "chimera", "paper:predictions=noise:1")
     ground = sim_runs.ground(plan)

@@ -8,18 +8,10 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from chimera_bench.sim_arrivals import poisson_arrivals
 from chimera_bench.sim_engine import EngineProfile, SimEngine
-from chimera_bench.sim_workload import poisson_arrivals
-from chimera_bench.simulator import (
-    EngineSetup,
-    Fault,
-    Result,
-    Run,
-    StageTruth,
-    Workflow,
-    mean_outcome,
-    simulate,
-)
+from chimera_bench.sim_input import EngineSetup, Fault, Run, StageTruth, Workflow
+from chimera_bench.simulator import Result, mean_outcome, simulate
 from chimera_daemon.config import Config
 from chimera_daemon.core import Scheduler
 from chimera_daemon.messages import ModelPrediction, Prediction, Stage
