@@ -75,6 +75,9 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     policy: str = "chimera"
     # The dial of `chimera`: the success probability worth one idle workflow latency.
     price: Annotated[float, Meta(ge=0.0, le=1000.0)] = 0.1
+    # Seconds within which `chimera` is to end 95 % of workflows: it then learns the price, which
+    # begins with the one above. 0: that one stays.
+    p95_target_s: Seconds = 0.0
     aging_tokens_per_s: Annotated[float, Meta(gt=0.0, le=1e6)] = 10.0  # bounds starvation
     paper: PaperConfig = PaperConfig()
     predictor: PredictorConfig = PredictorConfig()

@@ -63,6 +63,7 @@ from chimera_daemon.policy import (
     make_policy,
     remaining_given,
 )
+from chimera_daemon.pricing import LearnedPrice
 from chimera_daemon.queues import Queue, RankQueue, StarvationQueue
 from chimera_daemon.state import Attempt, Engine, LiveStage, Model, State, Workflow
 
@@ -106,6 +107,9 @@ class Scheduler:
         self._armed_s: float | None = None
         self._idle_latency_seen = False
         self._cluster = ClusterView()
+        self._learned: LearnedPrice | None = None
+        if config.p95_target_s and self._policy.has_price:
+            self._learned = LearnedPrice(config.price, config.p95_target_s)
         self._models: dict[str, Model] = {}
         self._placeable: list[ModelView] = []  # views of models with engines, in order of joining
         self._smallest_context = _ANY_CONTEXT
@@ -136,6 +140,9 @@ class Scheduler:
         self._now = now
         out: list[Action] = []
         self._out = out
+        if self._learned is not None:
+            self._learned.pass_time(now)
+            self._cluster.price = self._learned.price
         match event:
             case StageSubmitted():
                 self._submitted(event.stage, event.prediction)
@@ -254,8 +261,12 @@ class Scheduler:
         if workflow is None:
             workflow = Workflow(stage.workflow_id, stage.kind)
             self._workflows[stage.workflow_id] = workflow
+            if self._learned is not None:
+                self._learned.begin(workflow, self._now)
         elif not workflow.live:
             del self._idle[stage.workflow_id]
+            if self._learned is not None:
+                self._learned.go_on(workflow)
         return workflow
 
     # Stages are placed, wait and start.
@@ -626,6 +637,8 @@ class Scheduler:
         """Forget an idle workflow. Only if a client closed it are later stages of it refused."""
         del self._workflows[workflow.workflow_id]
         del self._idle[workflow.workflow_id]
+        if self._learned is not None:
+            self._learned.end(workflow)
         self._out.append(
             WorkflowEnded(workflow.workflow_id, workflow.kind, success, tuple(workflow.outcomes))
         )
@@ -886,6 +899,8 @@ class Scheduler:
         assert self._answered_bytes == sum(size for _, size in self._answered.values())
         assert self._idle == {k: w for k, w in self._workflows.items() if not w.live}
         assert self._armed_s is not None or not (self._answered or self._unplaced or self._idle)
+        if self._learned is not None:
+            self._learned.check(self._workflows)
 
     def snapshot(self) -> dict[str, Any]:
         """What `chimera status` shows: plain values, safe to encode as JSON."""
@@ -893,6 +908,7 @@ class Scheduler:
             "policy": self._policy.name,
             "draining": self._draining,
             "idle_latency_s": self._cluster.idle_latency_s,
+            "price": None if self._learned is None else self._learned.snapshot(),
             "workflows": len(self._workflows),
             "stages": {
                 "waiting": self._waiting,

@@ -73,6 +73,7 @@ class ClusterView(Struct):
 
     idle_latency_s: float = 1.0  # of a typical workflow on the fastest model; scales the price
     arrivals: int = 0
+    price: float | None = None  # learned; None: as configured
 
 
 class Choice(Struct, frozen=True, gc=False):
@@ -103,6 +104,7 @@ class Policy(Struct, frozen=True):
     starvation_rounds: int | None = None
     service_rounds: int = 1
     spares_prefix: bool = False  # a queue weighs ranks against prefixes cached at other engines
+    has_price: bool = False  # that can be learned
 
 
 def remaining_given(prediction: ModelPrediction, produced: int, max_tokens: int) -> float:
@@ -205,7 +207,7 @@ def _chimera(config: Config) -> Policy:
     Starvation: what comes (W + E) / `aging_tokens_per_s` after a stage of W such tokens never
     passes it, with E the tokens that its prefix is worth, if that is cached at another engine.
     """
-    price, aging = config.price, config.aging_tokens_per_s
+    configured, aging = config.price, config.aging_tokens_per_s
 
     def choose(
         stage: Stage,
@@ -222,6 +224,7 @@ def _chimera(config: Config) -> Policy:
         score includes what that would bring. An optional stage that is worth less than nothing is
         declined.
         """
+        price = configured if cluster.price is None else cluster.price
         price_per_s = price / cluster.idle_latency_s
         best, best_score = "", float("-inf")
         candidates: list[Candidate] = []
@@ -260,7 +263,7 @@ def _chimera(config: Config) -> Policy:
     ) -> float:
         return prediction.remaining_tokens_mean + aging * arrived_s
 
-    return Policy("chimera", choose, rank, spares_prefix=True)
+    return Policy("chimera", choose, rank, spares_prefix=True, has_price=True)
 
 
 def _with_next_try(first: Candidate, candidates: Sequence[Candidate]) -> Candidate:

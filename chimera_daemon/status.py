@@ -15,6 +15,8 @@ def render(status: dict[str, Any]) -> str:
         f"{stages['running']} running, {stages['waiting']} waiting "
         f"({stages['without_engine']} without an engine)"
     )
+    if core["price"] is not None:
+        head += "\n" + _price(core["price"])
     parts = [head, _engines(core["engines"]), _models(core["models"])]
     if status["supervised"]:
         parts.append(_supervised(status["supervised"]))
@@ -23,6 +25,14 @@ def render(status: dict[str, Any]) -> str:
         parts.append(_predictor(predictor))
     parts.append(_counters({**core["counters"], **status["connections"]}))
     return "\n\n".join(part for part in parts if part)
+
+
+def _price(price: dict[str, Any]) -> str:
+    judged = price["within"] + price["over"]
+    return (
+        f"price {price['now']:.3g}, learned from {judged} workflows: {price['over']} took longer "
+        f"than {price['p95_target_s']:g} s"
+    )
 
 
 def _engines(rows: list[dict[str, Any]]) -> str:

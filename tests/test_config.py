@@ -63,6 +63,9 @@ def test_an_unknown_key_is_named_with_the_nearest_one(
     [
         ('price = "cheap"', "price"),
         ("price = -0.1", "price"),
+        ("p95_target_s = -1", "p95_target_s"),
+        ("p95_target_s = nan", "p95_target_s"),
+        ("p95_target_s = '30 s'", "p95_target_s"),
         ("price = nan", "price"),
         ("price = inf", "price"),
         ("front = 5570", "front"),

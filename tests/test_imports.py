@@ -26,7 +26,7 @@ PACKAGES = {
 # installed, the daemon records traces.
 SHARED = {"chimera_predictors.records", "chimera_predictors.text"}
 SHARERS = ["memory", "recorder", "reading"]
-PURE = ["messages", "config", "policy", "core", "prior", "pace"]
+PURE = ["messages", "config", "policy", "core", "pricing", "prior", "pace"]
 IMPURE = {"asyncio", "time", "random", "secrets", "socket", "threading", "subprocess", "select"}
 
 # What a module may reach within the project, directly or not. Longest prefix wins.
@@ -34,7 +34,7 @@ MAY_REACH = {
     "chimera_daemon.messages": [],
     "chimera_daemon.config": ["messages"],
     "chimera_daemon.policy": ["messages", "config"],
-    "chimera_daemon.core": ["messages", "config", "policy", "queues", "state"],
+    "chimera_daemon.core": ["messages", "config", "policy", "queues", "state", "pricing"],
     "chimera_daemon.prior": ["messages", "config"],
     "chimera_daemon.wire": ["messages"],
     "chimera_daemon.channel": ["messages", "wire"],

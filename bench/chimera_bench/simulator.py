@@ -495,14 +495,14 @@ class _Simulation:
         script = flow.truth.runs[action.receipt.model].stages
         truth = script[min(stage.stage, len(script) - 1)]
         attempt_id, now = action.attempt_id, self._now
+        prompt, output = stage.prompt_tokens, truth.output_tokens
+        refusal = host.setup.profile.refusal(prompt, output)
+        if host.alive and refusal:
+            self._events.append(AttemptFailed(attempt_id, "bad_request", refusal, False))
+            return
         self._attempts[attempt_id] = _Attempt(flow, truth, host, now, action.receipt.attempts)
         if not host.alive:
             return  # the daemon will hear of it
-        prompt, output = stage.prompt_tokens, truth.output_tokens
-        refusal = host.setup.profile.refusal(prompt, output)
-        if refusal:
-            self._events.append(AttemptFailed(attempt_id, "bad_request", refusal, False))
-            return
         host.engine.submit(
             now, attempt_id, action.priority, prompt, output, flow.prefix, flow.shared
         )

@@ -294,6 +294,12 @@ def test_a_workflow_that_cannot_go_on_ends_with_its_error() -> None:
     assert [w.error for w in full.workflows] == ["", "", "", "overloaded", "overloaded"]
 
 
+def test_a_prompt_that_an_engine_refuses_is_forgotten_while_the_engine_lives() -> None:
+    long = Workflow("long", 0.0, 3900, {"m": Run((StageTruth(200),))})
+    result = simulate(Config(), [EngineSetup("e", "m", PROFILE)], [long], middling, watch=checked)
+    assert [w.error for w in result.workflows] == ["bad_request"]
+
+
 def test_a_workflow_that_changes_models_goes_on_in_the_other_run() -> None:
     """Turn by turn, `b` first. Its run has but one stage; that of `a` has four."""
     runs = {"a": Run((StageTruth(5),) * 4, 1.0), "b": Run((StageTruth(7),), 0.0)}
@@ -325,6 +331,36 @@ WEAK_THEN_STRONG = [
 
 def half_and_half(stage: Stage) -> Prediction:
     return Prediction({"weak": known(30.0, 0.5), "strong": known(30.0, 0.9)}, known(30.0))
+
+
+@pytest.mark.parametrize("load", [0.4, 1.2])
+def test_a_learned_price_keeps_its_target_whatever_the_load(load: float) -> None:
+    """At the price that it starts from, the stronger model has long queues."""
+    confident, draw = random.Random(1), random.Random(2)
+    gains = {f"w{n}": confident.random() for n in range(3000)}
+    workflows = [
+        Workflow(
+            name,
+            at_s,
+            1,
+            {model: Run((StageTruth(30),), draw.random()) for model in ("weak", "strong")},
+            max_tokens=100,
+        )
+        for name, at_s in zip(gains, poisson_arrivals(load / 0.06, 3000, 3), strict=True)
+    ]
+
+    def told(stage: Stage) -> Prediction:
+        gain = gains[stage.workflow_id]
+        return Prediction({"weak": known(30.0, 0.0), "strong": known(30.0, gain)}, known(30.0))
+
+    def late(target_s: float) -> float:
+        config = Config(price=0.01, p95_target_s=target_s)
+        result = simulate(config, WEAK_THEN_STRONG, workflows, told)
+        later = result.workflows[500:]
+        return sum(w.latency_s > 0.9 for w in later) / len(later)
+
+    assert late(0.0) > 0.15
+    assert late(0.9) == pytest.approx(0.05, abs=0.01)
 
 
 def test_a_task_that_fails_is_done_again_by_another_model_from_the_beginning() -> None:

@@ -58,6 +58,7 @@ class Machine(RuleBasedStateMachine):
         kept_bytes=st.sampled_from([1, 100, 1 << 20]),
         rounds=st.sampled_from([1, 2, 200]),
         engines=st.sampled_from([1, 3, 100]),
+        target_s=st.sampled_from([0.0, 0.5, 60.0]),
     )
     def start(
         self,
@@ -68,6 +69,7 @@ class Machine(RuleBasedStateMachine):
         kept_bytes: int,
         rounds: int,
         engines: int,
+        target_s: float,
     ) -> None:
         self.watched = Watched(
             policy=self.policy,
@@ -78,6 +80,7 @@ class Machine(RuleBasedStateMachine):
             reply_keep=kept,
             reply_keep_bytes=kept_bytes,
             max_engines=engines,
+            p95_target_s=target_s,
             paper=PaperConfig(starvation_rounds=rounds, service_rounds=rounds),
         )
         self.submitted: list[tuple[Prediction, dict[str, Any]]] = []
