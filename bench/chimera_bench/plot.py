@@ -137,7 +137,7 @@ def _frontier(axes: Axes, summaries: Sequence[PolicySummary], styles: Mapping[st
             color=styles[s.policy].colour,
         )
     axes.set_xscale("log")
-    _plain_seconds(axes, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
+    plain_seconds(axes, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
     axes.set_xlabel("mean workflow latency, s (log; left is better)")
     axes.set_ylabel("workflows answered correctly, % (up is better)")
     axes.set_title("mean with 95 % intervals", fontsize=10)
@@ -160,7 +160,7 @@ def _distribution(
             linestyle=styles[policy].line,
         )
     axes.set_xscale("log")
-    _plain_seconds(axes, (1.0, 2.0, 5.0))
+    plain_seconds(axes, (1.0, 2.0, 5.0))
     axes.set_ylim(0.0, 1.01)
     axes.set_xlabel("workflow latency, s (log)")
     axes.set_ylabel("share of workflows that took no longer")
@@ -168,7 +168,7 @@ def _distribution(
     axes.grid(alpha=0.3, which="both")
 
 
-def _plain_seconds(axes: Axes, marks: Sequence[float]) -> None:
+def plain_seconds(axes: Axes, marks: Sequence[float]) -> None:
     """These numbers in every decade, instead of powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

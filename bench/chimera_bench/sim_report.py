@@ -17,6 +17,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from msgspec import Struct
 
+from chimera_bench.plot import plain_seconds
 from chimera_bench.sim_summary import Comparison, Frontier, LoadSummary, Summary
 from chimera_bench.summary import Interval
 
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
 
 _COLOURS = (
     *("#c0392b", "#2471a3", "#1e8449", "#b7950b", "#7d3c98", "#d35400", "#117a65", "#5d4037"),
-    *("#e84393", "#34495e"),
+    *("#e84393", "#34495e", "#7f8c8d", "#27ae60", "#1f618d", "#000000"),
 )
-_MARKS = "osD^vPX*<>"
+_MARKS = "osD^vPX*<>phd"  # more or less than colours, so that pairs repeat late
 _BARS_ALPHA = 0.3  # bars of many settings would hide the points
 _PLAIN_WIDTH = 240  # columns, where there is no terminal to ask
 
@@ -269,7 +270,11 @@ def _panel(axes: Axes, each: LoadSummary, sweeps: Sequence[str], where: str) -> 
             alpha=0.35,
         )
     axes.set_title(f"{where}load {each.load}: {each.rate_per_s:.2f} workflows/s", fontsize=10)
-    axes.set_xlabel("mean workflow latency, s (left is better)")
+    axes.set_xscale("log")
+    if axes.has_data():
+        low, high = axes.get_xlim()
+        plain_seconds(axes, (1.0, 3.0) if high > 30.0 * low else (1.0, 2.0, 5.0))
+    axes.set_xlabel("mean workflow latency, s (log; left is better)")
     axes.set_ylabel("success, % (up is better)")
     axes.grid(alpha=0.3)
 
