@@ -5,6 +5,7 @@ back off from (model, kind, stage) over (model, kind) to the model and at last t
 each level is drawn towards the next as long as it has seen little.
 """
 
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -87,29 +88,34 @@ class _Mean:
 
 
 class _Lengths(_Mean):
-    """Mean and quantiles of token counts."""
+    """Mean and quantiles of token counts. They are asked for more often than added to."""
 
-    __slots__ = ("_ring",)
+    __slots__ = ("_ordered", "_ring")
 
     def __init__(self) -> None:
         super().__init__()
-        self._ring: deque[float] = deque(maxlen=_RING)
+        self._ring: deque[float] = deque()
+        self._ordered: list[float] = []  # the same values
 
     def add(self, value: float) -> None:
         super().add(value)
+        if len(self._ring) == _RING:
+            del self._ordered[bisect_left(self._ordered, self._ring.popleft())]
         self._ring.append(value)
+        insort(self._ordered, value)
 
     def quantiles(self, parent: tuple[float, float, float]) -> tuple[float, float, float]:
-        weight = self.seen / (self.seen + _TRUST)
-        if not self._ring:
+        ordered = self._ordered
+        if not ordered:
             return parent
-        ordered = sorted(self._ring)
-        last = len(ordered) - 1
-        low, middle, high = (
-            weight * ordered[round(level * last)] + (1.0 - weight) * above
-            for level, above in zip(LEVELS, parent, strict=True)
+        weight = self.seen / (self.seen + _TRUST)
+        rest, last = 1.0 - weight, len(ordered) - 1
+        low, middle, high = LEVELS
+        return (
+            weight * ordered[round(low * last)] + rest * parent[0],
+            weight * ordered[round(middle * last)] + rest * parent[1],
+            weight * ordered[round(high * last)] + rest * parent[2],
         )
-        return low, middle, high
 
 
 class _Cell:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from chimera_daemon import prior as prior_module
 from chimera_daemon.config import Config, EngineConfig, ModelConfig
 from chimera_daemon.messages import (
+    LEVELS,
     Hints,
     ModelPrediction,
     Prediction,
@@ -236,3 +237,17 @@ def test_models_cannot_fill_the_memory(prior: PriorPredictor) -> None:
     assert len(prior._models) == prior_module._MAX_MODELS
     assert len(prior._cells) <= 2 * prior_module._MAX_MODELS
     assert predict(prior).of("model 2999") == predict(prior).other
+
+
+@given(values=st.lists(st.integers(0, 20) | st.floats(0.0, 1e6), max_size=400))
+def test_quantiles_are_those_of_the_last_values(values: list[float]) -> None:
+    lengths = prior_module._Lengths()
+    for value in values:
+        lengths.add(value)
+    if not values:
+        assert lengths.quantiles((1.0, 2.0, 3.0)) == (1.0, 2.0, 3.0)
+        return
+    ordered = sorted(values[-128:])
+    weight = lengths.seen / (lengths.seen + prior_module._TRUST)
+    expected = [weight * ordered[round(level * (len(ordered) - 1))] for level in LEVELS]
+    assert lengths.quantiles((0.0, 0.0, 0.0)) == pytest.approx(expected)
