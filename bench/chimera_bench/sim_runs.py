@@ -159,26 +159,30 @@ def source(ground: Ground, name: str, seed: int, progress: Progress | None = Non
     what, colon, folder = name.partition(":")
     if what != "bundle":
         return sim_predictions.degraded(name, _known_tasks(ground), seed)
-    from chimera_predictors import predictor
-
     say = progress or (lambda what, share: None)
-    if colon:
-        bundle = cache(lambda: predictor.load(folder, device="cpu"))
-        model_of: Callable[[Task], Model] = lambda task: bundle()  # noqa: E731
-    else:
-        folds = cache(lambda: _folds(ground.traces, say))
-        model_of = lambda task: folds().model_of(task)  # noqa: E731
+    model_of = _model_of(ground.traces, folder if colon else None, say)
     learned = sim_predictions.Learned(ground.tasks, model_of, say, ground.made.get(name))
     ground.made[name] = learned.made
     return learned
 
 
-def _folds(traces: Traces, progress: Progress) -> sim_predictions.Folds:
+def _model_of(traces: Traces, folder: str | None, say: Progress) -> Callable[[Task], Model]:
+    """Which bundle a task is predicted with: that of the folder, or one that has not seen it.
+
+    Bundles are read, or trained, when the first task is asked for.
+    """
+    from chimera_predictors import predictor
     from chimera_predictors.encoder import load_encoder
 
-    return sim_predictions.train_folds(
-        traces, load_encoder(), Options(), keep=FOLDS, progress=progress
+    if folder is not None:
+        bundle = cache(lambda: predictor.load(folder, device="cpu"))
+        return lambda task: bundle()
+    folds = cache(
+        lambda: sim_predictions.train_folds(
+            traces, load_encoder(), Options(), keep=FOLDS, progress=say
+        )
     )
+    return lambda task: folds().model_of(task)
 
 
 def _known_tasks(ground: Ground) -> Sequence[Task]:
