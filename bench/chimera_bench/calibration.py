@@ -124,12 +124,7 @@ def _number(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run, print a table, append rows; the exit code is 0 if there is a comparison."""
-    try:
-        import numpy  # noqa: F401  # fits the times; better missed now than after minutes
-    except ImportError as error:
-        raise configuration.ConfigError(
-            f"{error}; measuring needs: pip install 'chimera-daemon[bench]'"
-        ) from error
+    measure.require_numpy()
     facts = machine.facts()
     config = _config(configuration.load(arguments.config), arguments.engine)
     with (

@@ -104,14 +104,19 @@ def _positive(text: str) -> int:
     return number
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Measure, print and write the table; the exit code is 0 if there is one."""
+def require_numpy() -> None:
+    """Raises `ConfigError` where what fits the times is not installed: now, not after minutes."""
     try:
-        import numpy  # noqa: F401  # fits the times; better missed now than after minutes
+        import numpy  # noqa: F401
     except ImportError as error:
         raise configuration.ConfigError(
             f"{error}; measuring needs: pip install 'chimera-daemon[bench]'"
         ) from error
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print and write the table; the exit code is 0 if there is one."""
+    require_numpy()
     out: Path | None = arguments.out
     if out is not None and not out.parent.is_dir():
         raise configuration.ConfigError(f"--out: there is no folder {out.parent}")
