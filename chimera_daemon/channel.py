@@ -20,6 +20,7 @@ from zmq.backend import Socket as BareSocket
 _BATCH = 256
 _SAFETY_S = 0.05
 _NOBLOCK = int(zmq.NOBLOCK)
+_POLLIN = int(zmq.POLLIN)
 _NOBLOCK_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 Frames = Sequence[bytes]
@@ -33,22 +34,51 @@ class Sent(Enum):
     GONE = 2  # no such peer, or the socket is closed
 
 
+class Together:
+    """Channels of one loop whose posted messages leave together, after the messages being read."""
+
+    def __init__(self) -> None:
+        self.reading = False
+        self.posted: list[Channel] = []
+
+    def flush(self) -> None:
+        """Send what was posted."""
+        while self.posted:
+            channels, self.posted = self.posted, []
+            for channel in channels:
+                channel.flush()
+
+
 class Channel:
     """Owns the socket. ``on_frames`` is called with the frames of every message, in order.
 
     Must be made and used on the thread of the running loop. Errors raised by ``on_frames`` are
     programming errors and go to the loop's exception handler; reading goes on.
+
+    Messages leave at once with `send`, or with `post` when all that came in together has been read:
+    ZeroMQ's thread is woken once for all of them then, which saves a quarter of the processor time
+    of a busy daemon. Messages to one peer keep their order only if all of them are posted.
     """
 
     def __init__(
-        self, socket: "zmq.Socket[bytes]", on_frames: Callable[[list[bytes]], None]
+        self,
+        socket: "zmq.Socket[bytes]",
+        on_frames: Callable[[list[bytes]], None],
+        on_unsent: Callable[[Frames, Sent], None] | None = None,
+        together: Together | None = None,
     ) -> None:
+        """``on_unsent`` gets posted messages that could not leave, with the reason."""
         self._socket = socket
         # pyzmq's own multipart calls spend more time on enums than on messages (2.9 against 1.8 µs
         # to receive two frames, 2.0 against 0.7 µs to send them).
         self._send: Callable[[bytes, int], Any] = partial(BareSocket.send, socket)
         self._receive: Callable[[int, bool], Any] = partial(BareSocket.recv, socket)
+        self._events: Callable[[], Any] = partial(BareSocket.get, socket, int(zmq.EVENTS))
         self._on_frames = on_frames
+        self._on_unsent = on_unsent
+        self._together = together or Together()
+        self._to_one = socket.type != zmq.ROUTER
+        self._posted: list[Frames] = []
         self._loop = asyncio.get_running_loop()
         self._fd: int = socket.getsockopt(zmq.FD)  # pyright: ignore[reportAttributeAccessIssue]
         self._scheduled = False
@@ -57,12 +87,53 @@ class Channel:
         self._timer = self._loop.call_later(_SAFETY_S, self._look_again)
         self._schedule()
 
+    def post(self, frames: Frames) -> None:
+        """Queue a message that leaves with others, soon; see ``on_unsent``."""
+        if not self._posted:
+            self._together.posted.append(self)
+            if not self._together.reading:
+                self._loop.call_soon(self._together.flush)
+        self._posted.append(frames)
+
+    def flush(self) -> None:
+        """Send what was posted. After one message that a peer does not take no other goes there."""
+        refusing: set[bytes] = set()
+        posted, self._posted = self._posted, []
+        for frames in posted:
+            peer = b"" if self._to_one else frames[0]
+            sent = Sent.FULL if peer in refusing else self._try_send(frames)
+            if sent is not Sent.OK:
+                if sent is Sent.FULL:
+                    refusing.add(peer)
+                if self._on_unsent is not None:
+                    self._on_unsent(frames, sent)
+        # Sending may have used up the edge that says what has come in.
+        if not self._scheduled and not self._closed and self._events() & _POLLIN:
+            self._schedule()
+
     def send(self, frames: Frames) -> bool:
         """Queue a message; False if the peer is unknown or its queue is full. Never blocks."""
         return self.try_send(frames) is Sent.OK
 
     def try_send(self, frames: Frames) -> Sent:
         """Queue a message and say what became of it. Never blocks."""
+        try:
+            return self._try_send(frames)
+        finally:
+            if not self._scheduled:
+                self._schedule()
+
+    def close(self, linger_ms: int = 0) -> None:
+        """Stop reading and close the socket; what is queued may be sent for ``linger_ms``."""
+        if self._closed:
+            return
+        self.flush()
+        self._closed = True
+        self._timer.cancel()
+        self._loop.remove_reader(self._fd)
+        self._socket.close(linger=linger_ms)
+
+    def _try_send(self, frames: Frames) -> Sent:
         last = len(frames) - 1
         try:
             for i, frame in enumerate(frames):
@@ -73,19 +144,7 @@ class Channel:
             if error.errno in (zmq.EHOSTUNREACH, zmq.ENOTSOCK, zmq.ETERM):
                 return Sent.GONE
             raise
-        finally:
-            if not self._scheduled:
-                self._schedule()
         return Sent.OK
-
-    def close(self, linger_ms: int = 0) -> None:
-        """Stop reading and close the socket; what is queued may be sent for ``linger_ms``."""
-        if self._closed:
-            return
-        self._closed = True
-        self._timer.cancel()
-        self._loop.remove_reader(self._fd)
-        self._socket.close(linger=linger_ms)
 
     def _schedule(self) -> None:
         if not self._closed:
@@ -100,25 +159,35 @@ class Channel:
     def _drain(self) -> None:
         # Marked as scheduled while it runs, so that sends from a handler do not schedule another.
         self._scheduled = True
-        receive = self._receive
+        together = self._together
+        together.reading = True
+        more = True  # if a handler raises: it has been logged, and what is behind it shall be read
         try:
-            for _ in range(_BATCH):
-                if self._closed:
-                    return
-                try:
-                    frame = receive(_NOBLOCK, False)
-                except zmq.Again:
-                    self._scheduled = False
-                    return
-                frames = [frame.bytes]
-                while frame.more:
-                    frame = receive(_NOBLOCK, False)
-                    frames.append(frame.bytes)
-                self._on_frames(frames)
-        except BaseException:
-            self._schedule()
-            raise
-        self._schedule()
+            more = self._read()
+        finally:
+            together.reading = False
+            self._scheduled = more
+            if together.posted:
+                together.flush()
+            if more:
+                self._schedule()
+
+    def _read(self) -> bool:
+        """Take what is there; True if there may be more."""
+        receive = self._receive
+        for _ in range(_BATCH):
+            if self._closed:
+                return False
+            try:
+                frame = receive(_NOBLOCK, False)
+            except zmq.Again:
+                return False
+            frames = [frame.bytes]
+            while frame.more:
+                frame = receive(_NOBLOCK, False)
+                frames.append(frame.bytes)
+            self._on_frames(frames)
+        return True
 
 
 def watch_connection(socket: "zmq.Socket[bytes]", on_event: Callable[[int], None]) -> Channel:

@@ -5,7 +5,9 @@ valid key is named.
 """
 
 import difflib
+import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -16,6 +18,9 @@ from chimera_daemon.messages import Id, Probability, Seconds
 
 Positive = Annotated[int, Meta(ge=1, le=1 << 40)]
 PositiveSeconds = Annotated[float, Meta(gt=0.0, le=1e9)]
+
+_HOST_AND_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[^:\[\]\s/]+):(?P<port>\d{1,5})")
+_ANY_HOST = ("*", "0.0.0.0", "[::]")
 
 
 class ConfigError(ValueError):
@@ -46,11 +51,14 @@ class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     name: Id
     model: Id  # the model's name as clients see it
-    kind: Literal["vllm", "echo"] = "vllm"
-    path: str | None = None  # checkpoint: folder (relative to the TOML file) or Hugging Face id
+    kind: Literal["vllm", "openai", "echo"] = "vllm"
+    # Checkpoint: folder (relative to the TOML file) or Hugging Face id; of `openai` the base URL,
+    # such as http://host:8000/v1.
+    path: str | None = None
     max_inflight: Positive | None = None  # None: what the engine itself can run at once
     cpus: tuple[Annotated[int, Meta(ge=0)], ...] = ()  # pin the host to these cores
-    args: dict[str, Any] = {}  # passed to the engine (vLLM: AsyncEngineArgs; echo: EchoOptions)
+    # Passed to the engine (vLLM: options of its server; openai: RemoteOptions; echo: EchoOptions).
+    args: dict[str, Any] = {}
     logprobs: bool = True  # tell a learned predictor how sure the model was; costs some speed
 
 
@@ -67,11 +75,27 @@ class PredictorConfig(Struct, frozen=True, forbid_unknown_fields=True):
     record: str | None = None
 
 
+class GatewayConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """The OpenAI-compatible HTTP front door that `chimera up` starts."""
+
+    listen: str = "127.0.0.1:5580"  # HOST:PORT
+    processes: Annotated[int, Meta(ge=0, le=256)] = 1  # on one port; 0: no gateway
+    max_connections: Positive = 4096  # per process
+    # A client that does not read its stream is cut when so much waits for it, or for so long.
+    max_unread_bytes: Positive = 1 << 20
+    slow_reader_s: PositiveSeconds = 30.0
+    body_timeout_s: PositiveSeconds = 30.0  # for a request to arrive
+    keep_alive_s: PositiveSeconds = 75.0  # between requests of a connection
+
+
 class Config(Struct, frozen=True, forbid_unknown_fields=True):
     """Everything the daemon can be told. Times in seconds, sizes in bytes."""
 
     front: str = "tcp://127.0.0.1:5570"  # clients connect here
     back: str = "tcp://127.0.0.1:5571"  # engine hosts connect here
+    # Processes that share the engines, each with two ports of its own, 2 further on; a workflow
+    # belongs to one of them.
+    workers: Annotated[int, Meta(ge=1, le=64)] = 1
     policy: str = "chimera"
     # The dial of `chimera`: the success probability worth one idle workflow latency.
     price: Annotated[float, Meta(ge=0.0, le=1000.0)] = 0.1
@@ -105,6 +129,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     log_dir: str | None = None  # logs of engine hosts; None: beside the daemon's own output
     engines: tuple[EngineConfig, ...] = ()
     models: tuple[ModelConfig, ...] = ()
+    gateway: GatewayConfig = GatewayConfig()
 
     def model(self, name: str) -> ModelConfig:
         """What is configured for this model, or the defaults."""
@@ -161,6 +186,7 @@ _NESTED: dict[type[Struct], dict[str, type[Struct]]] = {
     Config: {
         "paper": PaperConfig,
         "predictor": PredictorConfig,
+        "gateway": GatewayConfig,
         "engines": EngineConfig,
         "models": ModelConfig,
     },
@@ -179,6 +205,11 @@ def check(config: Config) -> None:
     for engine in config.engines:
         if engine.kind == "vllm" and engine.path is None:
             raise ConfigError(f"engine `{engine.name}`: `path` is missing (folder or model id)")
+        if engine.kind == "openai" and not (engine.path or "").startswith(("http://", "https://")):
+            raise ConfigError(
+                f"engine `{engine.name}`: `path` must be the base URL, such as http://host:8000/v1"
+            )
+    _check_listen(config)
     if config.max_payload_bytes > config.max_queued_bytes:
         raise ConfigError("`max_payload_bytes` must not be larger than `max_queued_bytes`")
     if config.engine_timeout_s < 2 * config.heartbeat_s:
@@ -187,12 +218,57 @@ def check(config: Config) -> None:
         raise ConfigError("`client_timeout_s` must be at least twice `heartbeat_s`")
 
 
+def listen_address(listen: str) -> tuple[str, int]:
+    """Host (of IPv6 without brackets) and port of `[gateway] listen`; raises `ConfigError`."""
+    match = _HOST_AND_PORT.fullmatch(listen)
+    if match is None or match["host"] == "*" or not 0 < int(match["port"]) < 65536:
+        raise ConfigError(
+            f"`gateway.listen` {listen!r}: write HOST:PORT, such as 127.0.0.1:5580, or 0.0.0.0:5580 "
+            "for all addresses of this machine"
+        )
+    return match["host"].strip("[]"), int(match["port"])
+
+
+def _check_listen(config: Config) -> None:
+    """Refuse ports that two would listen on, and those that there are not."""
+    listen_address(config.gateway.listen)
+    taken: dict[int, tuple[str, str]] = {}
+    for what, host, port in _listeners(config):
+        if port > 65535:
+            raise ConfigError(
+                f"{what} would listen on port {port}, above 65535: each worker's ports are 2 "
+                "further on; write fewer `workers`, or lower ports"
+            )
+        other, other_host = taken.get(port, ("", ""))
+        if other and (host == other_host or {host, other_host}.intersection(_ANY_HOST)):
+            raise ConfigError(
+                f"{what} and {other} would both listen on port {port}; write another port for "
+                "one of them (each worker's are 2 further on)"
+            )
+        taken[port] = what, host
+
+
+def _listeners(config: Config) -> Iterator[tuple[str, str, int]]:
+    """Who would listen at which host and TCP port; addresses of a wrong form are left out."""
+    for key in ("front", "back"):
+        address: str = getattr(config, key)
+        match = _HOST_AND_PORT.fullmatch(address.removeprefix("tcp://"))
+        if address.startswith("tcp://") and match is not None and int(match["port"]) < 65536:
+            for worker in range(config.workers):
+                of = f"`{key}` of worker {worker}" if worker else f"`{key}`"
+                yield of, match["host"], int(match["port"]) + 2 * worker
+    if config.gateway.processes:
+        match = _HOST_AND_PORT.fullmatch(config.gateway.listen)
+        if match is not None:
+            yield "`gateway.listen`", match["host"], int(match["port"])
+
+
 def _resolve(config: Config, folder: Path) -> Config:
     """Make paths absolute; a checkpoint that looks like a folder must exist."""
     engines: list[EngineConfig] = []
     for engine in config.engines:
         path = engine.path
-        if path is not None:
+        if path is not None and engine.kind != "openai":
             local = (folder / Path(path).expanduser()).resolve()
             if local.exists():
                 path = str(local)

@@ -10,18 +10,21 @@ Life of a stage::
                                      └──────────┘ attempt failed or engine lost, attempts left
 
 A stage waits in the queue of a *model*; which engine runs it is decided when a slot frees. An
-engine holds at most ``max_inflight`` attempts. Every attempt has a number that is never used again,
-so an answer that comes late finds nothing and is dropped.
+engine holds at most ``max_inflight`` attempts, or this worker's share of them. Every attempt has a
+number that is never used again, so an answer that comes late finds nothing and is dropped.
 """
 
 from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator
 from itertools import count
+from math import ceil
 from typing import Any, assert_never
 
 from msgspec import to_builtins
 
 from chimera_daemon.config import Config
 from chimera_daemon.messages import (
+    NO_LIMIT,
     AbortAttempt,
     Action,
     Attach,
@@ -38,6 +41,8 @@ from chimera_daemon.messages import (
     Event,
     Fail,
     Forget,
+    PeerQueue,
+    PeersReported,
     Prediction,
     Receipt,
     Reject,
@@ -93,7 +98,8 @@ class Scheduler:
     """The core. Its configuration is frozen; its state changes through `handle` alone.
 
     ``first_attempt`` is the number of the first attempt; a daemon passes one that no earlier run of
-    it has used, so that answers to attempts of an earlier run are recognised as such.
+    it has used, so that answers to attempts of an earlier run are recognised as such. Workers that
+    share engines count in steps of ``config.workers`` from different numbers.
     """
 
     def __init__(self, config: Config, first_attempt: int = 1) -> None:
@@ -171,6 +177,8 @@ class Scheduler:
                 if engine is not None and not engine.draining:
                     engine.draining = True
                     self._withdraw(engine)
+            case PeersReported():
+                self._peers_reported(event)
             case DrainStarted():
                 self._draining = True
             case _:
@@ -320,7 +328,9 @@ class Scheduler:
             return Choice(pinned if model is not None and model.engines else "", "pinned")
         if not self._placeable:
             return Choice("", "no engine")
-        needed = live.stage.prompt_tokens + live.stage.max_tokens
+        needed = live.stage.prompt_tokens
+        if live.stage.max_tokens < NO_LIMIT:
+            needed += live.stage.max_tokens
         if needed > self._smallest_context:
             # Prompt sizes may be estimates: if none seems large enough, an engine shall say so.
             fitting = [v for v in self._placeable if needed <= v.context_tokens]
@@ -355,16 +365,12 @@ class Scheduler:
         Only for a model with a free slot.
         """
         home = model.engines.get(live.workflow.engine or "")
-        if (
-            home is not None
-            and len(home.running) < home.max_inflight
-            and home.engine_id != live.avoid
-        ):
+        if home is not None and len(home.running) < home.limit and home.engine_id != live.avoid:
             return home
         best: Engine | None = None
         best_load = 0.0
         for engine in model.engines.values():
-            if len(engine.running) >= engine.max_inflight:
+            if len(engine.running) >= engine.limit:
                 continue
             load = engine.owed
             if engine.engine_id == live.avoid:
@@ -414,7 +420,7 @@ class Scheduler:
             live.attempts,
         )
         attempt_id = self._next_attempt
-        self._next_attempt = attempt_id + 1
+        self._next_attempt = attempt_id + self._config.workers
         attempt = Attempt(attempt_id, live, engine, self._now, model.queue.rounds, owed, receipt)
         live.attempt = attempt
         self._attempts[attempt_id] = attempt
@@ -438,7 +444,7 @@ class Scheduler:
             if (
                 engine is None
                 or engine.draining
-                or len(engine.running) >= engine.max_inflight
+                or len(engine.running) >= engine.limit
                 or engine.engine_id == live.avoid
             ):
                 engine = self._free_engine(model, live)
@@ -548,6 +554,9 @@ class Scheduler:
             view.congestion = None
             view.running -= 1
             view.running_tokens = view.running_tokens - attempt.owed if view.running else 0.0
+            if engine.limit > engine.share:
+                engine.limit -= 1
+                view.slots -= 1
         self._unclaim(live, view)
 
     def _unclaim(self, live: LiveStage, view: ModelView) -> None:
@@ -567,6 +576,8 @@ class Scheduler:
         if not workflow.live:
             workflow.idle_since_s = self._now
             self._idle[workflow.workflow_id] = workflow
+            if live.stage.last and not workflow.closing:
+                self._end_workflow(workflow, None)
         self._answered[live.key] = (live.stage.digest, answer_bytes)
         self._answered_order.append((self._now + config.reply_keep_s, live.key))
         self._answered_bytes += answer_bytes
@@ -624,6 +635,7 @@ class Scheduler:
         workflow = self._workflows.get(workflow_id)
         if workflow is None:
             return
+        workflow.closing = True
         # Those that wait first, so that none of them starts in a slot of those that run.
         for live in sorted(workflow.live.values(), key=lambda live: live.state):
             self._cancel(live, "cancelled", "its workflow was closed")
@@ -674,6 +686,8 @@ class Scheduler:
             event.max_inflight,
             event.context_tokens,
             event.profile,
+            event.max_inflight,
+            event.max_inflight,
         )
         self._engines[event.engine_id] = engine
         model.engines[event.engine_id] = engine
@@ -695,12 +709,12 @@ class Scheduler:
         view, engines = model.view, list(model.engines.values())
         view.congestion = None
         view.engines = len(engines)
-        view.slots = sum(e.max_inflight for e in engines)
+        view.slots = sum(e.limit for e in engines)
         view.running = sum(len(e.running) for e in engines)
         view.running_tokens = sum(e.owed for e in engines)
-        view.foreign = sum(e.foreign for e in engines)
+        view.foreign = sum(e.foreign + e.others for e in engines)
         if engines:
-            total = view.slots
+            total = sum(e.max_inflight for e in engines)
             view.step_s = sum(e.profile.step_s * e.max_inflight for e in engines) / total
             view.step_per_seq_s = (
                 sum(e.profile.step_per_seq_s * e.max_inflight for e in engines) / total
@@ -724,7 +738,7 @@ class Scheduler:
         view = engine.model.view
         serving = engine.engine_id in engine.model.engines
         # Ours as of now or as of the report, whichever is more: some ended or began in between.
-        ours = max(len(engine.running), len(event.progress))
+        ours = max(len(engine.running), len(event.progress)) + engine.others
         foreign = max(stats.running + stats.waiting - ours, 0)
         if serving and foreign != engine.foreign:
             view.congestion = None
@@ -742,6 +756,33 @@ class Scheduler:
             if serving:
                 view.running_tokens += owed - attempt.owed
             attempt.owed = owed
+
+    def _peers_reported(self, event: PeersReported) -> None:
+        """Share the slots with the other workers.
+
+        Where all that waits and runs has room, everybody takes what is free. Where it has not, each
+        has a share in proportion to what it has to do, which it gets as attempts of those above
+        theirs end. A share is at least one attempt: the engine queues what is too much for it.
+        """
+        nothing = PeerQueue()
+        for name, model in self._models.items():
+            view, peers = model.view, event.models.get(name, nothing)
+            view.congestion = None
+            view.peers_waiting, view.peers_waiting_tokens = peers.waiting, peers.waiting_tokens
+            slots = foreign = capacity = 0
+            for engine in model.engines.values():
+                capacity += engine.max_inflight
+            ours, theirs = view.waiting + view.running, peers.waiting + peers.running
+            part = ours / (ours + theirs) if ours + theirs > capacity else 1.0
+            for engine in model.engines.values():
+                engine.others = event.engines.get(engine.engine_id, 0)
+                free = engine.max_inflight - engine.others
+                engine.share = max(1, min(ceil(part * engine.max_inflight), free))
+                engine.limit = max(engine.share, len(engine.running))
+                slots += engine.limit
+                foreign += engine.foreign + engine.others
+            view.slots, view.foreign = slots, foreign
+            self._fill(model)
 
     def _lost(self, event: EngineLost) -> None:
         engine = self._engine(event.engine_id, event.incarnation)
@@ -822,6 +863,17 @@ class Scheduler:
         """Whether no stage waits or runs."""
         return not self._live
 
+    def in_flight(self) -> Iterator[tuple[str, int, float]]:
+        """Of each engine: its name, attempts in flight there, predicted tokens due."""
+        for engine in self._engines.values():
+            yield engine.engine_id, len(engine.running), engine.owed
+
+    def queues(self) -> Iterator[tuple[str, PeerQueue]]:
+        """Of each model: its name, and what waits and runs here."""
+        for name, model in self._models.items():
+            view = model.view
+            yield name, PeerQueue(view.waiting, view.waiting_tokens, view.running)
+
     def check(self) -> None:
         """Assert every invariant; for tests, after every event. Costs time linear in the state."""
         by_state = {state: set[StageKey]() for state in State}
@@ -853,7 +905,8 @@ class Scheduler:
         attempts = 0
         for engine_id, engine in self._engines.items():
             assert engine_id == engine.engine_id
-            assert len(engine.running) <= engine.max_inflight
+            assert len(engine.running) <= engine.limit <= engine.max_inflight
+            assert engine.limit == max(engine.share, len(engine.running)) or engine.draining
             assert (engine_id in engine.model.engines) == (not engine.draining)
             assert abs(engine.owed - sum(a.owed for a in engine.running.values())) < 1e-3
             for attempt_id, attempt in engine.running.items():
@@ -874,9 +927,9 @@ class Scheduler:
         assert all(s.model == name and s.state is State.QUEUED for s in queued)
         assert view.engines == len(engines)
         assert engines or not queued
-        assert view.slots == sum(e.max_inflight for e in engines)
+        assert view.slots == sum(e.limit for e in engines)
         assert view.running == sum(len(e.running) for e in engines)
-        assert view.foreign == sum(e.foreign for e in engines)
+        assert view.foreign == sum(e.foreign + e.others for e in engines)
         assert view.congestion is None or view.congestion == congestion(view)
         assert not view.waiting or view.running == view.slots, "a slot is free and a stage waits"
         assert abs(view.running_tokens - sum(e.owed for e in engines)) < 1e-3

@@ -10,6 +10,8 @@ import secrets
 import socket
 import time
 from collections import Counter, deque
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -18,7 +20,8 @@ import zmq
 from msgspec import Struct
 
 from chimera_daemon import wire
-from chimera_daemon.channel import Channel, Sent, make_socket
+from chimera_daemon.board import BEAT_S
+from chimera_daemon.channel import Channel, Frames, Sent, Together, make_socket
 from chimera_daemon.config import Config
 from chimera_daemon.core import Scheduler
 from chimera_daemon.messages import (
@@ -26,6 +29,7 @@ from chimera_daemon.messages import (
     Abort,
     AbortAttempt,
     Action,
+    Api,
     Attach,
     AttemptFailed,
     AttemptFinished,
@@ -76,6 +80,8 @@ from chimera_daemon.messages import (
     WorkflowEnded,
 )
 from chimera_daemon.prior import Predictor, PriorPredictor
+from chimera_daemon.processes import Watch, is_host, watch
+from chimera_daemon.sharing import Sharing
 
 log = logging.getLogger("chimera.daemon")
 
@@ -87,6 +93,9 @@ _ATTEMPTS_PER_S = 1 << 22
 _BYTES_PER_TOKEN = 4.0
 _NEWEST = 1.0 / 256.0
 _MAX_CLIENTS = 10_000
+# Between looks at what the other workers have in flight: the longest that a slot of a shared engine
+# stays empty because those who wait for it have not seen it.
+_SHARE_S = 0.005
 _INTERNAL = "internal error of the daemon; its log says more"
 
 
@@ -112,6 +121,7 @@ class _Request(Struct, eq=False):
     payload: bytes
     max_tokens: int
     stream: bool
+    api: Api
     stage: Stage
     link: "_Link | None" = None  # the engine of its last attempt
     streamed: bool = False  # text of that attempt was relayed
@@ -126,6 +136,7 @@ class _Link(Struct, eq=False):
     model: str
     pid: int
     seen_s: float
+    watch: Watch | None = None  # of its process, if that is on this machine
 
     def is_of(self, message: Register | Heartbeat | Deregister) -> bool:
         """Whether the message speaks of the process that this link was made for."""
@@ -149,7 +160,8 @@ class EngineWatcher:
 class Daemon:
     """Serves the two sockets of its configuration on the running loop.
 
-    ``prior`` is given where the predictor uses it too, so that it learns once.
+    ``prior`` is given where the predictor uses it too, so that it learns once. ``worker`` is its
+    number among those that share the engines, by way of the ``board``, a file.
     ``await start()`` binds, ``await drain()`` finishes what is there and ``close()`` ends it. All
     methods belong to the loop's thread.
     """
@@ -160,16 +172,21 @@ class Daemon:
         predictor: Predictor | None = None,
         watcher: EngineWatcher | None = None,
         prior: PriorPredictor | None = None,
+        *,
+        worker: int = 0,
+        board: str | None = None,
     ) -> None:
         self.daemon_id = secrets.token_hex(8)
         self._config = config
+        self._worker = worker
         # Stands in where the predictor fails, so it learns alongside.
         self._prior = prior or PriorPredictor(config)
         self._predictor: Predictor = predictor or self._prior
         self._learners = (self._prior,) if predictor is None else (self._prior, predictor)
         self._watcher = watcher or EngineWatcher()
         first = max(int(time.time()) - _EPOCH_S, 1) * _ATTEMPTS_PER_S
-        self._core = Scheduler(config, first_attempt=first)
+        self._core = Scheduler(config, first_attempt=first + worker)
+        self._sharing = Sharing(board, worker, self._core)
         self._started_s = self._next_beat_s = 0.0
         self._clients: dict[bytes, _Client] = {}
         self._requests: dict[StageKey, _Request] = {}
@@ -184,6 +201,7 @@ class Daemon:
         self._finished: tuple[EngineFinished, bytes] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._beat: asyncio.TimerHandle | None = None
+        self._share: asyncio.TimerHandle | None = None
         self._bytes_per_token = _BYTES_PER_TOKEN
         self._draining = False
         self.counters: Counter[str] = Counter()
@@ -194,20 +212,32 @@ class Daemon:
         """Bind both sockets and serve; raises `DaemonError` if an address cannot be had."""
         self._loop = asyncio.get_running_loop()
         self._context: zmq.Context[Any] = zmq.Context()
-        self._front = self._bind(self._config.front, self._on_front)
+        self._together = Together()
+        config, worker = self._config, self._worker
+        front = wire.worker_address(config.front, worker)
+        back = wire.worker_address(config.back, worker)
+        self._front = self._bind(front, self._on_front, self._on_front_unsent)
         try:
-            self._back = self._bind(self._config.back, self._on_back)
+            self._back = self._bind(back, self._on_back, self._on_back_unsent)
         except DaemonError:
             self._front.close()
             self._context.term()
             raise
         self._started_s = self._loop.time()
-        self._next_beat_s = self._started_s + self._config.heartbeat_s
+        self._next_beat_s = self._started_s + config.heartbeat_s
         self._beat = self._loop.call_at(self._next_beat_s, self._on_beat)
-        log.info("daemon %s: clients %s, engines %s, policy %s", self.daemon_id,
-                 self._config.front, self._config.back, self._config.policy)  # fmt: skip
+        if self._sharing.path:
+            self._share_s = _SHARE_S if config.workers > 1 else BEAT_S
+            self._on_share()
+        log.info("daemon %s: clients %s, engines %s, policy %s",
+                 self.daemon_id, front, back, config.policy)  # fmt: skip
 
-    def _bind(self, address: str, on_frames: Any) -> Channel:
+    def _bind(
+        self,
+        address: str,
+        on_frames: Callable[[list[bytes]], None],
+        on_unsent: Callable[[Frames, Sent], None],
+    ) -> Channel:
         hwm = self._config.send_hwm
         socket = make_socket(
             self._context, zmq.ROUTER, hwm=hwm, max_bytes=2 * self._config.max_payload_bytes + 65536
@@ -223,7 +253,7 @@ class Daemon:
                 f"cannot listen on {address}: {error}; is another daemon running? stop it, "
                 "or set `front` and `back` to other addresses"
             ) from error
-        return Channel(socket, on_frames)
+        return Channel(socket, on_frames, on_unsent, self._together)
 
     async def drain(self) -> None:
         """Take nothing new, wait until all stages are answered or ``drain_s`` is over."""
@@ -242,18 +272,16 @@ class Daemon:
 
     def close(self) -> None:
         """Close the sockets. Answers already queued get half a second to leave."""
-        for timer in (self._timer, self._beat):
+        for timer in (self._timer, self._beat, self._share):
             if timer is not None:
                 timer.cancel()
+        for link in self._links.values():
+            if link.watch is not None:
+                link.watch.cancel()
+        self._sharing.close()
         self._front.close(linger_ms=500)
         self._back.close(linger_ms=500)
         self._context.term()
-
-    def engine_lost(self, engine_id: str, pid: int, reason: str) -> None:
-        """This process of this engine has ended (the supervisor saw it)."""
-        link = self._engines.get(engine_id)
-        if link is not None and link.pid == pid:
-            self._unlink(link, reason)
 
     def engines_of(self, model: str | None = None) -> list[str]:
         """Names of the engines that are registered now, of one model or of all."""
@@ -389,7 +417,7 @@ class Daemon:
         if len(self._clients) >= _MAX_CLIENTS:
             self.counters["clients_refused"] += 1
             failure = Failure("", "overloaded", f"{_MAX_CLIENTS} clients already", True, 5.0)
-            self._front.send((identity, wire.encode(failure)))
+            self._front.post((identity, wire.encode(failure)))
             return None
         client = _Client(identity, self._loop.time())
         self._clients[identity] = client
@@ -401,7 +429,14 @@ class Daemon:
             self._refuse(client, "", "version", message)
             return
         config = self._config
-        pong = Pong(self.daemon_id, config.heartbeat_s, config.max_payload_bytes)
+        pong = Pong(
+            self.daemon_id,
+            config.heartbeat_s,
+            config.max_payload_bytes,
+            worker=self._worker,
+            workers=config.workers,
+            board=self._sharing.path,
+        )
         self._to_client(client, pong)
 
     def _submit(self, client: _Client, submit: Submit, header: bytes, frames: list[bytes]) -> None:
@@ -433,9 +468,16 @@ class Daemon:
             submit.hints,
             submit.tries,
             submit.optional,
+            submit.last,
         )
         request = _Request(
-            client, submit.request_id, payload, submit.max_tokens, submit.stream, stage
+            client,
+            submit.request_id,
+            payload,
+            submit.max_tokens,
+            submit.stream,
+            submit.api,
+            stage,
         )
         key = stage.key
         first = self._predicting.get(key)
@@ -524,11 +566,23 @@ class Daemon:
         self._deliver(client, (wire.encode(message), *payload))
 
     def _deliver(self, client: _Client, frames: tuple[bytes, ...]) -> None:
-        """Send in order. A client that does not read is cut when its outbox is full, too."""
-        if not client.outbox:
-            sent = self._front.try_send((client.identity, *frames))
-            if sent is not Sent.FULL:
-                return  # one that is gone asks again when it is back; the answers wait for it
+        """Send in order: what waits goes first."""
+        if client.outbox:
+            self._keep(client, frames)
+        else:
+            self._front.post((client.identity, *frames))
+
+    def _on_front_unsent(self, frames: Frames, why: Sent) -> None:
+        """A client that is gone asks again when it is back; the answers wait for it."""
+        if isinstance(wire.decode_client(frames[1]), Chunk):
+            self.counters["chunks_dropped"] += 1  # the answer closes the gap
+            return
+        client = self._clients.get(frames[0])
+        if client is not None and why is Sent.FULL:
+            self._keep(client, tuple(frames[1:]))
+
+    def _keep(self, client: _Client, frames: tuple[bytes, ...]) -> None:
+        """For a client that does not read; it is cut when its outbox is full, too."""
         client.outbox.append(frames)
         client.outbox_bytes += sum(map(len, frames))
         config = self._config
@@ -597,8 +651,7 @@ class Daemon:
         if client.outbox:
             return  # dropped: the answer carries the whole text
         header = wire.encode(Chunk(request.request_id, chunk.attempt_id, chunk.offset))
-        if not self._front.send((client.identity, header, frames[2])):
-            self.counters["chunks_dropped"] += 1
+        self._front.post((client.identity, header, frames[2]))
 
     def _ends(self, attempt_id: int, identity: bytes) -> bool:
         """Whether this answer is of an attempt that its sender runs; if so it is the last."""
@@ -650,15 +703,17 @@ class Daemon:
             request.max_tokens,
             request.stream,
             self._predictor.wants_logprobs,
+            request.api,
         )
-        if not self._to_engine(link.identity, run, request.payload):
-            reason = "its connection takes no more messages"
-            self._loop.call_soon(self._unlink, link, reason)
+        self._back.post((link.identity, wire.encode(run), request.payload))
 
-    def _to_engine(
-        self, identity: bytes, message: Run | Abort | DaemonBeat | Shutdown, *payload: bytes
-    ) -> bool:
-        return self._back.send((identity, wire.encode(message), *payload))
+    def _to_engine(self, identity: bytes, message: Abort | DaemonBeat | Shutdown) -> None:
+        self._back.post((identity, wire.encode(message)))
+
+    def _on_back_unsent(self, frames: Frames, why: Sent) -> None:
+        link = self._links.get(frames[0])
+        if link is not None and len(frames) == 3:  # a run: nobody would ever answer it
+            self._unlink(link, "its connection takes no more messages")
 
     def _register(self, identity: bytes, message: Register) -> None:
         if message.v != PROTOCOL_VERSION:
@@ -688,6 +743,9 @@ class Daemon:
                 self._loop.time(),
             )
             self._links[identity] = self._engines[engine_id] = link
+            if is_host(message.pid):
+                reason = f"its process {message.pid} has ended"
+                link.watch = watch(self._loop, message.pid, partial(self._unlink, link, reason))
             log.info(
                 "engine %s joined: model %s, %d slots, pid %d",
                 engine_id,
@@ -695,7 +753,7 @@ class Daemon:
                 message.max_inflight,
                 message.pid,
             )
-        self._to_engine(identity, DaemonBeat(self.daemon_id, True, self._config.heartbeat_s))
+        self._answer_engine(identity, known=True)
         for predictor in self._learners:
             predictor.add_model(message.model)
         self._feed(
@@ -719,12 +777,26 @@ class Daemon:
                     message.engine_id, message.incarnation, message.stats, message.progress
                 )
             )
-        self._to_engine(identity, DaemonBeat(self.daemon_id, known, self._config.heartbeat_s))
+        self._answer_engine(identity, known=known)
+
+    def _answer_engine(self, identity: bytes, *, known: bool) -> None:
+        config = self._config
+        beat = DaemonBeat(
+            self.daemon_id,
+            known,
+            config.heartbeat_s,
+            worker=self._worker,
+            workers=config.workers,
+            board=self._sharing.path,
+        )
+        self._to_engine(identity, beat)
 
     def _unlink(self, link: _Link, reason: str) -> None:
         """An engine is gone: its attempts go elsewhere."""
         if self._links.pop(link.identity, None) is None:
             return
+        if link.watch is not None:
+            link.watch.cancel()
         del self._engines[link.engine_id]
         for attempt_id in [a for a, request in self._attempts.items() if request.link is link]:
             del self._attempts[attempt_id]
@@ -755,6 +827,15 @@ class Daemon:
             else:
                 self._flush(client)
 
+    def _on_share(self) -> None:
+        """Tell the other workers, and those who look, what is in flight; hear what they have."""
+        self._share = self._loop.call_later(self._share_s, self._on_share)
+        self._sharing.write()
+        if self._config.workers > 1:
+            peers = self._sharing.read()
+            if peers is not None:
+                self._feed(peers)
+
     def _flush(self, client: _Client) -> None:
         while client.outbox:
             if self._front.try_send((client.identity, *client.outbox[0])) is Sent.FULL:
@@ -765,6 +846,8 @@ class Daemon:
         """What `chimera status` shows, as plain values."""
         return {
             "daemon_id": self.daemon_id,
+            "worker": self._worker,
+            "workers": self._config.workers,
             "uptime_s": self._loop.time() - self._started_s,
             "clients": len(self._clients),
             "answers_kept": len(self._answers),
@@ -772,6 +855,7 @@ class Daemon:
             "supervised": self._watcher.snapshot(),
             "predictor": self._predictor.snapshot(),
             "core": self._core.snapshot(),
+            "board": self._sharing.snapshot(),
         }
 
 

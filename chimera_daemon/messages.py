@@ -24,6 +24,12 @@ Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
 LogProbability = Annotated[float, Meta(ge=-1e6, le=0.0)]
 StageNumber = Annotated[int, Meta(ge=0, le=100_000)]
 
+# What a payload and its answer look like: our own text form, or OpenAI's two, passed on as they are.
+Api = Literal["text", "chat", "completions"]
+
+# As `max_tokens`: as many as fit into the context of the engine.
+NO_LIMIT = 1_000_000
+
 # Quantile levels of every length prediction, lowest first; index 1 is the median.
 LEVELS = (0.1, 0.5, 0.9)
 
@@ -155,20 +161,22 @@ class Ping(FrontMessage, frozen=True, tag="ping"):
 
 
 class Submit(FrontMessage, frozen=True, tag="submit"):
-    """One stage. Frame 2 is the payload: an OpenAI chat body as JSON, opaque to the daemon."""
+    """One stage. Frame 2 is the payload: an OpenAI body as JSON, opaque to the daemon."""
 
     request_id: Id
     workflow_id: Id
     stage: StageNumber = 0
     kind: Label | None = None
     model: Id | None = None  # pinned; None lets the policy choose
-    max_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 256
+    max_tokens: Annotated[int, Meta(ge=1, le=NO_LIMIT)] = 256
     prompt_tokens: Tokens | None = None  # None: estimated from the payload's size
     stream: bool = False
     restart: bool = False  # a stream that lost its engine may start again from nothing
     hints: Hints | None = None
     tries: Tries | None = None
     optional: bool = False  # decline it rather than run what is not worth its cost
+    api: Api = "text"  # form of payload and answer
+    last: bool = False  # the workflow ends, without an outcome, with the answer of this stage
 
 
 class Cancel(FrontMessage, frozen=True, tag="cancel"):
@@ -205,16 +213,25 @@ ToFront = Ping | Submit | Cancel | CloseWorkflow | Feedback | GetStatus
 
 
 class Pong(Struct, frozen=True, tag="pong"):
-    """``daemon_id`` changes when the daemon restarts: its memory of requests is gone then."""
+    """``daemon_id`` changes when the daemon restarts: its memory of requests is gone then.
+
+    Of a daemon with several workers each has an address (`wire.worker_address`) and an id.
+    """
 
     daemon_id: str
     heartbeat_s: float
     max_payload_bytes: int
     v: int = PROTOCOL_VERSION
+    worker: int = 0
+    workers: int = 1
+    board: str = ""  # path of the congestion board, for processes of the same machine
 
 
 class Chunk(Struct, frozen=True, tag="chunk"):
-    """Frame 2 is a `Delta` as JSON. ``offset`` counts the characters sent before this chunk."""
+    """Frame 2 is a `Delta` as JSON, ``offset`` the characters sent before this chunk.
+
+    In OpenAI's forms frame 2 is one chunk object of a stream, ``offset`` the chunks before it.
+    """
 
     request_id: str
     attempt_id: int
@@ -222,7 +239,10 @@ class Chunk(Struct, frozen=True, tag="chunk"):
 
 
 class Result(Struct, frozen=True, tag="result"):
-    """The one answer of a request. Frame 2 is a `Completion` as JSON."""
+    """The one answer of a request. Frame 2 is a `Completion` as JSON.
+
+    In OpenAI's forms it is the response object, or after a stream `Streamed`.
+    """
 
     request_id: str
     model: str
@@ -326,7 +346,7 @@ FromEngine = EngineChunk | EngineFinished | EngineFailed | Heartbeat | Register 
 # Wire: daemon -> engine host.
 
 
-class Run(Struct, frozen=True, tag="run"):
+class Run(Struct, frozen=True, omit_defaults=True, tag="run"):
     """Start an attempt. Frame 2 is the client's payload. Lower ``priority`` runs first."""
 
     attempt_id: int
@@ -334,6 +354,7 @@ class Run(Struct, frozen=True, tag="run"):
     max_tokens: int
     stream: bool
     logprobs: bool = False  # wanted with the answer, if they can be had
+    api: Api = "text"
 
 
 class Abort(Struct, frozen=True, tag="abort"):
@@ -349,6 +370,9 @@ class DaemonBeat(Struct, frozen=True, tag="beat"):
     known: bool
     heartbeat_s: float
     v: int = PROTOCOL_VERSION
+    worker: int = 0
+    workers: int = 1
+    board: str = ""  # as in `Pong`
 
 
 class Shutdown(Struct, frozen=True, tag="shutdown"):
@@ -375,6 +399,12 @@ class Completion(Struct, frozen=True):
     text: str
 
 
+class Streamed(Struct, frozen=True):
+    """Payload of the answer to a stream in one of OpenAI's forms, whose text was in its chunks."""
+
+    chunks: int  # how many there were: tells whether any is missing
+
+
 # Core: events (past tense).
 
 
@@ -396,6 +426,7 @@ class Stage(Struct, frozen=True):
     hints: Hints | None = None
     tries: Tries | None = None
     optional: bool = False
+    last: bool = False
 
     @property
     def key(self) -> StageKey:
@@ -488,6 +519,21 @@ class DrainStarted(Struct, frozen=True):
     """The daemon is stopping: finish what is here, take nothing new."""
 
 
+class PeerQueue(Struct, frozen=True, gc=False):
+    """What all other workers together have of one model."""
+
+    waiting: int = 0  # stages
+    waiting_tokens: float = 0.0
+    running: int = 0  # attempts
+
+
+class PeersReported(Struct, frozen=True):
+    """What the other workers have at the engines, and waiting, by the congestion board."""
+
+    engines: dict[str, int]  # attempts in flight, per engine
+    models: dict[str, PeerQueue]
+
+
 class Woke(Struct, frozen=True):
     """A `WakeAt` came due."""
 
@@ -505,6 +551,7 @@ Event = (
     | EngineLost
     | EngineDraining
     | DrainStarted
+    | PeersReported
 )
 
 

@@ -44,7 +44,9 @@ class ModelView(Struct):
     context_tokens: int = 0  # prompt and output that each of its engines can hold
     claims: int = 0  # requests in flight, those at draining engines included
     claimed_tokens: float = 0.0  # paper: predicted workflow tokens of requests in flight
-    foreign: int = 0  # requests that engines report beyond ours
+    foreign: int = 0  # requests at its engines beyond ours, those of other workers among them
+    peers_waiting: int = 0  # stages that wait for it at other workers
+    peers_waiting_tokens: float = 0.0
     # Cost model, slot-weighted mean over the engines; see `Profile`.
     step_s: float = 0.0
     step_per_seq_s: float = 0.0
@@ -157,14 +159,15 @@ def congestion(view: ModelView) -> Congestion:
     """
     engines, slots, slowdown = view.engines, view.slots_each, view.slowdown
     running = (view.running + view.foreign) / engines
-    waiting = view.waiting / engines
+    waiting = (view.waiting + view.peers_waiting) / engines
     present = running + waiting
     batch = present + 1.0 if present + 1.0 < slots else slots
     step = view.step_s + view.step_per_seq_s * batch
     prefill = view.prefill_s_per_token
     wait = view.waiting_prompt / engines * prefill
     if present >= slots:
-        wait += view.waiting_tokens / engines * view.full_s_per_token
+        tokens = view.waiting_tokens + view.peers_waiting_tokens
+        wait += tokens / engines * view.full_s_per_token
     delay = view.full_s_per_token * waiting + view.step_per_seq_s * running
     return Congestion(
         present, slowdown * prefill, slowdown * step, slowdown * wait, slowdown * delay
@@ -322,7 +325,9 @@ def _to_least_loaded(
     cluster: ClusterView,
 ) -> Choice:
     """Fewest requests running and waiting per engine, as vLLM's own data-parallel balancer."""
-    view = min(models, key=lambda v: (v.running + v.waiting + v.foreign) / v.engines)
+    view = min(
+        models, key=lambda v: (v.running + v.waiting + v.foreign + v.peers_waiting) / v.engines
+    )
     return Choice(view.name, "least loaded")
 
 

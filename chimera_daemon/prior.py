@@ -5,7 +5,6 @@ back off from (model, kind, stage) over (model, kind) to the model and at last t
 each level is drawn towards the next as long as it has seen little.
 """
 
-from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -25,6 +24,7 @@ Deliver = Callable[[Stage, Prediction], None]
 
 _WINDOW = 1024  # averages forget what is older than about so many values
 _RING = 128  # values kept for quantiles
+_STALE = 64  # values after which a prediction is made anew at the latest
 _TRUST = 8.0  # a level counts as much as its parent once it has seen so many values
 _MAX_STAGE = 15  # later stages are taken together
 _MAX_KINDS = 64  # further kinds are taken together, so that labels cannot fill the memory
@@ -80,34 +80,41 @@ class _Mean:
         self.mean = 0.0
 
     def add(self, value: float) -> None:
-        self.seen = min(self.seen + 1, _WINDOW)
-        self.mean += (value - self.mean) / self.seen
+        seen = self.seen
+        if seen < _WINDOW:
+            self.seen = seen = seen + 1
+        self.mean += (value - self.mean) / seen
 
     def towards(self, parent: float) -> float:
         return (self.mean * self.seen + parent * _TRUST) / (self.seen + _TRUST)
 
 
 class _Lengths(_Mean):
-    """Mean and quantiles of token counts. They are asked for more often than added to."""
+    """Mean and quantiles of token counts."""
 
-    __slots__ = ("_ordered", "_ring")
+    __slots__ = ("_fresh", "_ordered", "_ring")
 
     def __init__(self) -> None:
         super().__init__()
-        self._ring: deque[float] = deque()
-        self._ordered: list[float] = []  # the same values
+        self._ring: deque[float] = deque(maxlen=_RING)
+        self._ordered: list[float] = []  # the same values, if ``_fresh``
+        self._fresh = True
 
     def add(self, value: float) -> None:
-        super().add(value)
-        if len(self._ring) == _RING:
-            del self._ordered[bisect_left(self._ordered, self._ring.popleft())]
+        seen = self.seen  # as above: a call of it would cost more than it
+        if seen < _WINDOW:
+            self.seen = seen = seen + 1
+        self.mean += (value - self.mean) / seen
         self._ring.append(value)
-        insort(self._ordered, value)
+        self._fresh = False
 
     def quantiles(self, parent: tuple[float, float, float]) -> tuple[float, float, float]:
-        ordered = self._ordered
-        if not ordered:
+        if not self.seen:
             return parent
+        if not self._fresh:
+            self._fresh = True
+            self._ordered = sorted(self._ring)
+        ordered = self._ordered
         weight = self.seen / (self.seen + _TRUST)
         rest, last = 1.0 - weight, len(ordered) - 1
         low, middle, high = LEVELS
@@ -160,6 +167,7 @@ class PriorPredictor:
         self._config = config
         self._models = {m.name for m in config.models} | {e.model for e in config.engines}
         self._cells: dict[_Key, _Cell] = {}
+        self._found: dict[_Key, tuple[_Cell, ...]] = {}  # by stage: its cells on all levels
         self._kinds: set[str] = set()
         self._observed = 0
         self._cache: dict[tuple[str, int], tuple[int, Prediction]] = {}
@@ -174,7 +182,7 @@ class PriorPredictor:
         key = (stage.kind, min(stage.stage, _MAX_STAGE))
         cached = self._cache.get(key)
         # Refreshed after every new value at first, later only once 1/16 more have been seen.
-        if cached is None or self._observed - cached[0] > min(self._observed // 16, 64):
+        if cached is None or self._observed - cached[0] > min(self._observed // 16, _STALE):
             cached = self._refresh(key)
         return cached[1]
 
@@ -217,15 +225,22 @@ class PriorPredictor:
         """See `Predictor`."""
         return {}
 
-    def _levels(self, model: str, kind: str, stage: int) -> list[_Cell]:
+    def _levels(self, model: str, kind: str, stage: int) -> tuple[_Cell, ...]:
         """The cells that learn of this stage; none for a model that could not be remembered."""
+        stage = min(stage, _MAX_STAGE)
+        found = self._found.get((model, kind, stage))
+        if found is not None:
+            return found
         if model not in self._models:
-            return []
-        kind = self._known_kind(kind)
-        self._kinds.add(kind)
+            return ()
+        known = self._known_kind(kind)
+        self._kinds.add(known)
         cells = self._cells
-        keys = _keys(model, kind, stage)
-        return [cells.get(key) or cells.setdefault(key, _Cell()) for key in keys]
+        keys = _keys(model, known, stage)
+        found = tuple([cells.get(key) or cells.setdefault(key, _Cell()) for key in keys])
+        if known == kind:
+            self._found[model, kind, stage] = found
+        return found
 
     def _known_kind(self, kind: str) -> str:
         if kind in self._kinds or len(self._kinds) < _MAX_KINDS:

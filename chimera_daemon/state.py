@@ -74,9 +74,12 @@ class Engine(Struct, eq=False):
     max_inflight: int
     context_tokens: int
     profile: Profile
+    share: int  # of `max_inflight`, if other workers use the engine too
+    limit: int  # the share, or what runs if that is more: a share may shrink
+    others: int = 0  # attempts of other workers
     draining: bool = False
     stats: EngineStats = EngineStats()
-    foreign: int = 0
+    foreign: int = 0  # requests that it reports beyond those of all workers
     running: dict[int, Attempt] = {}
     owed: float = 0.0  # sum over `running`
 
@@ -95,3 +98,4 @@ class Workflow(WorkflowView):
     live: dict[StageKey, LiveStage] = {}
     outcomes: list[StageOutcome] = []
     idle_since_s: float = 0.0  # when its last live stage was answered
+    closing: bool = False  # by its client, right now

@@ -5,6 +5,7 @@ frame, which is passed on as it is. Encoders and typed decoders are made once.
 """
 
 import re
+import zlib
 
 import msgspec
 
@@ -34,6 +35,24 @@ def check_address(address: str) -> str:
             f"address {address!r} is not usable; write tcp://HOST:PORT or ipc:///PATH/TO/SOCKET"
         )
     return address
+
+
+def worker_address(address: str, worker: int) -> str:
+    """Where this worker listens, given the address of worker 0: two ports further on for each.
+
+    Raises `ValueError` if the port would be above 65535.
+    """
+    if worker == 0:
+        return address
+    if address.startswith("ipc://"):
+        return f"{address}.{worker}"
+    host, _, port = address.rpartition(":")
+    return check_address(f"{host}:{int(port) + 2 * worker}")
+
+
+def worker_of(workflow_id: str, workers: int) -> int:
+    """The worker that all stages of this workflow belong to."""
+    return zlib.crc32(workflow_id.encode()) % workers if workers > 1 else 0
 
 
 def request_id_of(header: bytes) -> str:

@@ -28,6 +28,8 @@ from chimera_daemon.messages import (
     Fail,
     Forget,
     ModelPrediction,
+    PeerQueue,
+    PeersReported,
     Prediction,
     Profile,
     Reject,
@@ -101,6 +103,7 @@ class Watched:
         self.last_attempt = 0
         self.wake_at: float | None = None
         self.draining = False
+        self.shared = False  # with other workers that have something to do
         self._ids = 0
 
     # Events, in short.
@@ -163,6 +166,15 @@ class Watched:
         return self.handle(
             EngineReported(engine_id, incarnation, EngineStats(**stats), progress)  # pyright: ignore[reportArgumentType]
         )
+
+    def peers(
+        self,
+        engines: dict[str, int] | None = None,
+        **models: tuple[int, float, int],
+    ) -> list[Action]:
+        """Others have so many attempts at engines, and of models (waiting, tokens, running)."""
+        queues = {name: PeerQueue(*numbers) for name, numbers in models.items()}
+        return self.handle(PeersReported(engines or {}, queues))
 
     def wake(self) -> list[Action]:
         """Let time pass until the scheduler wants to be woken, and wake it."""
@@ -230,6 +242,8 @@ class Watched:
             case DrainStarted():
                 self.draining = True
                 return True
+            case PeersReported():
+                self.shared = bool(event.engines or event.models)
             case StageSubmitted() | WorkflowClosed() | Woke():
                 if isinstance(event, Woke):
                     self.wake_at = None
@@ -317,9 +331,9 @@ class Watched:
         self.answers.append(action)
 
     def _check_work_conserved(self) -> None:
-        """No stage waits for a model that has a free slot."""
+        """No stage waits for a model that has a free slot, of shared engines none at all."""
         serving = [e for e in self.engines.values() if not e.draining]
-        free = {e.model for e in serving if len(e.running) < e.slots}
+        free = {e.model for e in serving if len(e.running) < (1 if self.shared else e.slots)}
         full = {e.model for e in serving} - free
         for seen in self.open.values():
             if seen.attempt_id is not None:
@@ -333,6 +347,7 @@ class Watched:
 
     def finish_all(self) -> None:
         """Engines come for everything that waits, answer everything; then nothing may be left."""
+        self.peers()
         wanted = {s.stage.model for s in self.open.values()} - {None}
         wanted.add(self.config.policy.removeprefix("static:"))
         for number, model in enumerate(sorted(map(str, wanted))):

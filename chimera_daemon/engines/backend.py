@@ -39,6 +39,14 @@ class Events(Protocol):
         """One chunk or the one answer of an attempt; chunks and answers carry a JSON payload."""
         ...
 
+    def suspend(self, reason: str) -> None:
+        """No new work until `resume`: the host signs off. Its attempts go on. Idempotent."""
+        ...
+
+    def resume(self, info: BackendInfo) -> None:
+        """Work is welcome (again), with these abilities. Idempotent."""
+        ...
+
     def died(self, reason: str) -> None:
         """The engine will never answer again; its attempts have been failed by `emit` before."""
         ...
@@ -83,6 +91,10 @@ def make_backend(engine: EngineConfig) -> Backend:
             from chimera_daemon.engines.echo import EchoBackend
 
             return EchoBackend.from_config(engine)
+        case "openai":
+            from chimera_daemon.engines.openai import RemoteBackend
+
+            return RemoteBackend(engine)
         case "vllm":
             from chimera_daemon.engines.vllm import VllmBackend
 

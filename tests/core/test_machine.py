@@ -102,6 +102,7 @@ class Machine(RuleBasedStateMachine):
         stream=st.booleans(),
         restart=st.booleans(),
         optional=st.booleans(),
+        last=st.booleans(),
         tries=st.none() | st.builds(Tries, st.sampled_from([(), ("small",)]), st.integers(0, 1)),
     )
     def submit(self, predicted: Prediction, workflow: int, **fields: Any) -> None:
@@ -182,6 +183,14 @@ class Machine(RuleBasedStateMachine):
     def report(self, engine_id: str, produced: int, running: int, waiting: int) -> None:
         progress = dict.fromkeys([*self.watched.attempts, *self.past[-3:]], produced)
         self.watched.report(engine_id, progress, running=running, waiting=waiting)
+
+    @rule(
+        engines=st.dictionaries(ENGINES, st.integers(0, 4)),
+        small=st.tuples(st.integers(0, 9), TOKENS, st.integers(0, 9)),
+        large=st.tuples(st.integers(0, 9), TOKENS, st.integers(0, 9)),
+    )
+    def peers(self, engines: dict[str, int], **models: tuple[int, float, int]) -> None:
+        self.watched.peers(engines, **models)
 
     @rule(seconds=JUMPS, late=st.booleans())
     def time_passes(self, seconds: float, late: bool) -> None:
