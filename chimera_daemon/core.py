@@ -302,6 +302,7 @@ class Scheduler:
         view = model.view
         predicted = live.prediction.of(choice.model)
         live.unplaced_s = -1.0
+        first = not live.model
         live.model = choice.model
         live.predicted = predicted
         tokens, bound = predicted.stage_tokens_mean, live.stage.max_tokens
@@ -310,7 +311,7 @@ class Scheduler:
         live.claim = claim = predicted.remaining_tokens[1]
         view.claims += 1
         view.claimed_tokens += claim
-        if live.attempts == 0:
+        if first:
             if live.workflow.model is None and not (
                 self._idle_latency_seen and live.arrival % _SAMPLE
             ):

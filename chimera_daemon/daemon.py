@@ -847,7 +847,6 @@ class Daemon:
         return {
             "daemon_id": self.daemon_id,
             "worker": self._worker,
-            "workers": self._config.workers,
             "uptime_s": self._loop.time() - self._started_s,
             "clients": len(self._clients),
             "answers_kept": len(self._answers),

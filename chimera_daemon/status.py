@@ -1,11 +1,50 @@
-"""Draws the daemon's snapshot as text, for `chimera status` and SIGHUP. Knows only the dict."""
+"""Draws the daemon's snapshot as text, for `chimera status` and SIGHUP. Knows only the dicts."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from chimera_daemon.board import (
+    ENGINE_KEY,
+    ENGINE_VALUES,
+    GATEWAY_VALUES,
+    WORKER_ENGINE_VALUES,
+)
 
-def render(status: dict[str, Any]) -> str:
-    """A few small tables; ``status`` is what `Daemon.status` returns, also after JSON."""
+# What `Daemon.status` returns, also after JSON; of several workers a list, or as `Client.status`.
+Status = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+Worker = tuple[str, Mapping[str, Any]]
+
+
+def snapshots(status: Status) -> list[Worker]:
+    """Name and snapshot of each worker that has answered."""
+    if not isinstance(status, Mapping):
+        found = status
+    else:
+        found = [status] if "core" in status else status.get("workers", [])
+    return [(str(one.get("worker", number)), one) for number, one in enumerate(found)]
+
+
+def render(status: Status) -> str:
+    """A few small tables: of all workers together, and where it matters of each."""
+    workers = snapshots(status)
+    if not workers:
+        return "no worker of the daemon answers"
+    parts = [_head(*workers[0]) if len(workers) == 1 else _heads(workers)]
+    parts += [_engines(workers), _models(workers), _board(workers)]
+    counters: Counter[str] = Counter()
+    for worker, one in workers:
+        if one["supervised"]:
+            parts.append(_supervised(one["supervised"]))
+        if one["predictor"]:
+            of = f"worker {worker}: " if len(workers) > 1 else ""
+            parts.append(of + _predictor(one["predictor"]))
+        counters.update({**one["core"]["counters"], **one["connections"]})
+    parts.append(_counters(counters))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _head(_: str, status: Mapping[str, Any]) -> str:
     core = status["core"]
     stages = core["stages"]
     head = (
@@ -15,19 +54,35 @@ def render(status: dict[str, Any]) -> str:
         f"{stages['running']} running, {stages['waiting']} waiting "
         f"({stages['without_engine']} without an engine)"
     )
-    if core["price"] is not None:
-        head += "\n" + _price(core["price"])
-    parts = [head, _engines(core["engines"]), _models(core["models"])]
-    if status["supervised"]:
-        parts.append(_supervised(status["supervised"]))
-    predictor = status["predictor"]
-    if predictor:
-        parts.append(_predictor(predictor))
-    parts.append(_counters({**core["counters"], **status["connections"]}))
-    return "\n\n".join(part for part in parts if part)
+    return head if core["price"] is None else f"{head}\n{_price(core['price'])}"
 
 
-def _price(price: dict[str, Any]) -> str:
+def _heads(workers: Sequence[Worker]) -> str:
+    core = workers[0][1]["core"]
+    table = _table(
+        ("worker", "id", "up s", "clients", "workflows", "running", "waiting", "no engine"),
+        [
+            (
+                worker + (" (draining)" if one["core"]["draining"] else ""),
+                one["daemon_id"],
+                f"{one['uptime_s']:.0f}",
+                one["clients"],
+                one["core"]["workflows"],
+                *(one["core"]["stages"][k] for k in ("running", "waiting", "without_engine")),
+            )
+            for worker, one in workers
+        ],
+    )
+    prices = [
+        f"worker {worker}: {_price(one['core']['price'])}"
+        for worker, one in workers
+        if one["core"]["price"] is not None
+    ]
+    title = f"{len(workers)} workers  policy {core['policy']}"
+    return "\n".join([title, table, *prices])
+
+
+def _price(price: Mapping[str, Any]) -> str:
     judged = price["within"] + price["over"]
     return (
         f"price {price['now']:.3g}, learned from {judged} workflows: {price['over']} took longer "
@@ -35,29 +90,31 @@ def _price(price: dict[str, Any]) -> str:
     )
 
 
-def _engines(rows: list[dict[str, Any]]) -> str:
-    if not rows:
+def _engines(workers: Sequence[Worker]) -> str:
+    engines = _by_name(workers, "engines", "engine")
+    if not engines:
         return "no engine is registered"
     return _table(
         ("engine", "model", "running", "slots", "tokens due", "tok/s", "KV use", "waiting there"),
         [
             (
-                row["engine"] + (" (draining)" if row["draining"] else ""),
-                row["model"],
-                row["running"],
-                row["max_inflight"],
-                f"{row['predicted_tokens']:.0f}",
-                f"{row['reported']['tokens_per_s']:.0f}",
-                f"{row['reported']['kv_use']:.0%}",
-                row["reported"]["waiting"],
+                name + (" (draining)" if any(row["draining"] for row in rows) else ""),
+                rows[0]["model"],
+                " + ".join(str(row["running"]) for row in rows),
+                max(row["max_inflight"] for row in rows),
+                f"{sum(row['predicted_tokens'] for row in rows):.0f}",
+                f"{rows[0]['reported']['tokens_per_s']:.0f}",
+                f"{rows[0]['reported']['kv_use']:.0%}",
+                rows[0]["reported"]["waiting"],
             )
-            for row in rows
+            for name, rows in engines.items()
         ],
     )
 
 
-def _models(rows: list[dict[str, Any]]) -> str:
-    if not rows:
+def _models(workers: Sequence[Worker]) -> str:
+    models = _by_name(workers, "models", "name")
+    if not models:
         return ""
     return _table(
         (
@@ -72,18 +129,94 @@ def _models(rows: list[dict[str, Any]]) -> str:
         ),
         [
             (
-                row["name"],
-                row["engines"],
-                row["running"],
-                row["slots"],
-                row["waiting"],
-                f"{row['waiting_tokens']:.0f}",
-                f"{1e3 * (row['step_s'] + row['step_per_seq_s'] * row['slots_each']):.2f}",
-                f"{row['slowdown']:.2f}",
+                name,
+                max(row["engines"] for row in rows),
+                " + ".join(str(row["running"]) for row in rows),
+                max(row["slots"] for row in rows),
+                " + ".join(str(row["waiting"]) for row in rows),
+                f"{sum(row['waiting_tokens'] for row in rows):.0f}",
+                f"{1e3 * max(_step_s(row) for row in rows):.2f}",
+                f"{max(row['slowdown'] for row in rows):.2f}",
             )
-            for row in rows
+            for name, rows in models.items()
         ],
     )
+
+
+def _step_s(model: Mapping[str, Any]) -> float:
+    return model["step_s"] + model["step_per_seq_s"] * model["slots_each"]
+
+
+def _by_name(workers: Sequence[Worker], table: str, key: str) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows of the same engine or model, one per worker that knows it."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for _, one in workers:
+        for row in one["core"][table]:
+            found.setdefault(row[key], []).append(row)
+    return found
+
+
+def _board(workers: Sequence[Worker]) -> str:
+    """All workers see the same board: the first that has one tells it."""
+    board = next((one["board"] for _, one in workers if one["board"]["path"]), None)
+    if board is None:
+        return ""
+    rows: list[dict[str, Any]] = board["rows"]
+    writers = sorted({(row["role"], row["name"], row["pid"]) for row in rows})
+    told = ", ".join(f"{role} {name} ({pid})" for role, name, pid in writers)
+    head = f"board {board['path']}  written by {told or 'nobody'}"
+    return "\n\n".join(part for part in (head, _board_engines(rows), _gateways(rows)) if part)
+
+
+def _board_engines(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What hosts say of their engines, and beside it what each worker believes of them."""
+    hosts = {row["key"]: _named(ENGINE_VALUES, row) for row in rows if row["role"] == "engine"}
+    beliefs: dict[str, list[tuple[str, dict[str, int]]]] = {}
+    for row in rows:
+        if row["role"] == "worker" and row["key"].startswith(ENGINE_KEY):
+            engine = row["key"].removeprefix(ENGINE_KEY)
+            beliefs.setdefault(engine, []).append((row["name"], _named(WORKER_ENGINE_VALUES, row)))
+    if not hosts and not beliefs:
+        return ""
+    return _table(
+        (
+            "engine on the board",
+            "runs",
+            "waiting",
+            "KV use",
+            "tok/s",
+            "attempts",
+            "tokens due",
+            "in flight by worker",
+        ),
+        [
+            (
+                engine,
+                *_host_cells(hosts.get(engine)),
+                sum(belief["tokens_due"] for _, belief in beliefs.get(engine, [])),
+                ", ".join(f"{name} {b['in_flight']}" for name, b in beliefs.get(engine, [])) or "-",
+            )
+            for engine in sorted({*hosts, *beliefs})
+        ],
+    )
+
+
+def _host_cells(told: Mapping[str, int] | None) -> tuple[object, ...]:
+    if told is None:  # its host is gone, or on another machine
+        return ("-",) * 5
+    use = f"{told['kv_use_ppm'] / 1e6:.0%}"
+    return told["running"], told["waiting"], use, told["tokens_per_s"], told["attempts"]
+
+
+def _gateways(rows: Sequence[Mapping[str, Any]]) -> str:
+    gateways = [(row["name"], *row["values"]) for row in rows if row["role"] == "gateway"]
+    if not gateways:
+        return ""
+    return _table(("gateway", *(name.replace("_", " ") for name in GATEWAY_VALUES)), gateways)
+
+
+def _named(names: Sequence[str], row: Mapping[str, Any]) -> dict[str, int]:
+    return dict(zip(names, row["values"], strict=False))
 
 
 def _supervised(rows: list[dict[str, Any]]) -> str:
@@ -114,7 +247,7 @@ def _predictor(predictor: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _counters(counters: dict[str, int]) -> str:
+def _counters(counters: Mapping[str, int]) -> str:
     return "  ".join(f"{name} {value}" for name, value in sorted(counters.items()))
 
 
