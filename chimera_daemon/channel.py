@@ -78,7 +78,8 @@ class Channel:
         self._on_unsent = on_unsent
         self._together = together or Together()
         self._to_one = socket.type != zmq.ROUTER
-        self._posted: list[Frames] = []
+        self._posted: list[tuple[Frames, bool]] = []
+        self.dropped = 0
         self._loop = asyncio.get_running_loop()
         self._fd: int = socket.getsockopt(zmq.FD)  # pyright: ignore[reportAttributeAccessIssue]
         self._scheduled = False
@@ -87,25 +88,30 @@ class Channel:
         self._timer = self._loop.call_later(_SAFETY_S, self._look_again)
         self._schedule()
 
-    def post(self, frames: Frames) -> None:
-        """Queue a message that leaves with others, soon; see ``on_unsent``."""
+    def post(self, frames: Frames, *, droppable: bool = False) -> None:
+        """Queue a message that leaves with others, soon; see ``on_unsent``.
+
+        One that is ``droppable`` is not handed back but counted in ``dropped``.
+        """
         if not self._posted:
             self._together.posted.append(self)
             if not self._together.reading:
                 self._loop.call_soon(self._together.flush)
-        self._posted.append(frames)
+        self._posted.append((frames, droppable))
 
     def flush(self) -> None:
         """Send what was posted. After one message that a peer does not take no other goes there."""
         refusing: set[bytes] = set()
         posted, self._posted = self._posted, []
-        for frames in posted:
+        for frames, droppable in posted:
             peer = b"" if self._to_one else frames[0]
             sent = Sent.FULL if peer in refusing else self._try_send(frames)
             if sent is not Sent.OK:
                 if sent is Sent.FULL:
                     refusing.add(peer)
-                if self._on_unsent is not None:
+                if droppable:
+                    self.dropped += 1
+                elif self._on_unsent is not None:
                     self._on_unsent(frames, sent)
         # Sending may have used up the edge that says what has come in.
         if not self._scheduled and not self._closed and self._events() & _POLLIN:

@@ -574,9 +574,6 @@ class Daemon:
 
     def _on_front_unsent(self, frames: Frames, why: Sent) -> None:
         """A client that is gone asks again when it is back; the answers wait for it."""
-        if isinstance(wire.decode_client(frames[1]), Chunk):
-            self.counters["chunks_dropped"] += 1  # the answer closes the gap
-            return
         client = self._clients.get(frames[0])
         if client is not None and why is Sent.FULL:
             self._keep(client, tuple(frames[1:]))
@@ -648,10 +645,13 @@ class Daemon:
             request.streamed = True
             self._feed(AttemptStreamed(chunk.attempt_id))
         client = request.client
-        if client.outbox:
-            return  # dropped: the answer carries the whole text
         header = wire.encode(Chunk(request.request_id, chunk.attempt_id, chunk.offset))
-        self._front.post((client.identity, header, frames[2]))
+        if request.api != "text":
+            self._deliver(client, (header, frames[2]))
+        elif client.outbox:
+            self.counters["chunks_dropped"] += 1  # the answer has the whole text
+        else:
+            self._front.post((client.identity, header, frames[2]), droppable=True)
 
     def _ends(self, attempt_id: int, identity: bytes) -> bool:
         """Whether this answer is of an attempt that its sender runs; if so it is the last."""
@@ -842,6 +842,11 @@ class Daemon:
                 return
             client.outbox_bytes -= sum(map(len, client.outbox.popleft()))
 
+    @property
+    def chunks_dropped(self) -> int:
+        """Of streams of text whose clients did not read them."""
+        return self.counters["chunks_dropped"] + self._front.dropped
+
     def status(self) -> dict[str, Any]:
         """What `chimera status` shows, as plain values."""
         return {
@@ -850,7 +855,7 @@ class Daemon:
             "uptime_s": self._loop.time() - self._started_s,
             "clients": len(self._clients),
             "answers_kept": len(self._answers),
-            "connections": dict(self.counters),
+            "connections": dict(self.counters) | {"chunks_dropped": self.chunks_dropped},
             "supervised": self._watcher.snapshot(),
             "predictor": self._predictor.snapshot(),
             "core": self._core.snapshot(),

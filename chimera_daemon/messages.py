@@ -24,7 +24,7 @@ Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
 LogProbability = Annotated[float, Meta(ge=-1e6, le=0.0)]
 StageNumber = Annotated[int, Meta(ge=0, le=100_000)]
 
-# What a payload and its answer look like: our own text form, or OpenAI's two, passed on as they are.
+# The form of a payload and its answer: our own for text, or one of OpenAI's, passed on as it is.
 Api = Literal["text", "chat", "completions"]
 
 # As `max_tokens`: as many as fit into the context of the engine.

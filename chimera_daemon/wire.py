@@ -17,6 +17,8 @@ decode_client = msgspec.msgpack.Decoder(ToClient).decode
 decode_back = msgspec.msgpack.Decoder(FromEngine).decode
 decode_engine = msgspec.msgpack.Decoder(ToEngine).decode
 
+MAX_WORKERS = 64  # of a daemon
+
 # Headers are small by construction; a longer one is refused before it is decoded.
 MAX_HEADER_BYTES = 64 << 10
 

@@ -1,7 +1,7 @@
 """A daemon's front socket without a daemon: tests decide what it answers and when it is away."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -36,6 +36,33 @@ RECEIPT = Receipt("fake", "prior", "small", "only one", ())
 BEAT_S = 0.02
 
 
+def run(body: "Callable[[FakeFront], Awaitable[None]]", timeout_s: float = 20.0) -> None:
+    """Run on plain asyncio and on uvloop, where that is installed."""
+
+    async def main() -> None:
+        async with asyncio.timeout(timeout_s), FakeFront() as front:
+            await body(front)
+
+    try:
+        import uvloop
+    except ImportError:
+        factories = [asyncio.new_event_loop]
+    else:
+        factories = [asyncio.new_event_loop, uvloop.new_event_loop]
+    problems: list[str] = []
+    for factory in factories:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.get_loop().set_exception_handler(lambda _, c: problems.append(str(c)))
+            runner.run(main())
+    assert problems == []
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait until the condition holds."""
+    while not condition():
+        await asyncio.sleep(0.002)
+
+
 @dataclass
 class Received:
     """One message of a client, and the means to answer it."""
@@ -51,20 +78,26 @@ class Received:
         return self.message
 
     def result(self, text: str, *, request_id: str | None = None) -> None:
+        self.answer(msgspec.json.encode(Completion(text)), len(text.split()), request_id)
+
+    def answer(self, payload: bytes, output_tokens: int = 1, request_id: str | None = None) -> None:
         header = Result(
             request_id=request_id or self.submit.request_id,
             model="small",
             engine="small-0",
-            usage=Usage(prompt_tokens=3, output_tokens=len(text.split())),
+            usage=Usage(prompt_tokens=3, output_tokens=output_tokens),
             finish_reason="stop",
             receipt=RECEIPT,
             logprob=-0.5,
         )
-        self.raw(encode(header), msgspec.json.encode(Completion(text)))
+        self.raw(encode(header), payload)
 
     def chunk(self, offset: int, text: str, attempt_id: int = 1) -> None:
+        self.piece(offset, msgspec.json.encode(Delta(text)), attempt_id)
+
+    def piece(self, offset: int, payload: bytes, attempt_id: int = 1) -> None:
         header = Chunk(request_id=self.submit.request_id, attempt_id=attempt_id, offset=offset)
-        self.raw(encode(header), msgspec.json.encode(Delta(text)))
+        self.raw(encode(header), payload)
 
     def failure(
         self,
@@ -86,14 +119,18 @@ class Received:
 class FakeFront:
     """Answers pings, status and closes by itself; stages as ``on_submit`` says, else not at all."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, address: str = "tcp://127.0.0.1:*", worker: int = 0, workers: int = 1
+    ) -> None:
+        self.worker = worker
+        self.workers = workers
         self.daemon_id = "one"
         self.version = PROTOCOL_VERSION
         self.max_payload_bytes = 1 << 20
         self.answer_pings = True
         self.answer_closes = True
         self.on_submit: Callable[[Received], None] | None = None
-        self.address = "tcp://127.0.0.1:*"
+        self.address = address
         self.channel: Channel | None = None
         self.received: list[Received] = []
         self._news = asyncio.Event()
@@ -160,7 +197,14 @@ class FakeFront:
         self._news.set()
         match message:
             case Ping() if self.answer_pings:
-                pong = Pong(self.daemon_id, BEAT_S, self.max_payload_bytes, self.version)
+                pong = Pong(
+                    self.daemon_id,
+                    BEAT_S,
+                    self.max_payload_bytes,
+                    self.version,
+                    self.worker,
+                    self.workers,
+                )
                 received.raw(encode(pong))
             case CloseWorkflow() if self.answer_closes:
                 received.raw(encode(Closed(message.workflow_id)))

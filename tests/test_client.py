@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -57,7 +58,7 @@ from chimera_daemon.messages import (
     Usage,
 )
 from chimera_daemon.wire import encode
-from fake_front import RECEIPT, FakeFront, Received
+from fake_front import RECEIPT, FakeFront, Received, run, until
 
 ROOT = Path(__file__).resolve().parent.parent
 ASK = [{"role": "user", "content": "2 + 2 = ?"}]
@@ -65,27 +66,6 @@ ASK = [{"role": "user", "content": "2 + 2 = ?"}]
 
 def echo(received: Received) -> None:
     received.result(f"stage {received.submit.stage}")
-
-
-def run(body: Callable[[FakeFront], Awaitable[None]], timeout_s: float = 20.0) -> None:
-    """Run on plain asyncio and on uvloop, where that is installed."""
-
-    async def main() -> None:
-        async with asyncio.timeout(timeout_s), FakeFront() as front:
-            await body(front)
-
-    try:
-        import uvloop
-    except ImportError:
-        factories = [asyncio.new_event_loop]
-    else:
-        factories = [asyncio.new_event_loop, uvloop.new_event_loop]
-    problems: list[str] = []
-    for factory in factories:
-        with asyncio.Runner(loop_factory=factory) as runner:
-            runner.get_loop().set_exception_handler(lambda _, c: problems.append(str(c)))
-            runner.run(main())
-    assert problems == []
 
 
 def python(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -98,11 +78,6 @@ def python(*arguments: str) -> "subprocess.CompletedProcess[str]":
         timeout=60,
         check=False,
     )
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.002)
 
 
 async def read(stream: Stream) -> list[str]:
@@ -1197,7 +1172,7 @@ class Nobody:
         self.loop = asyncio.get_running_loop()
         self.dropped = 0
 
-    def drop(self, request: Pending, error: ChimeraError) -> None:
+    def drop(self, request: Pending[Any, Any], error: ChimeraError) -> None:
         if not (isinstance(request, Stream) and request.ended):
             self.dropped += 1
             request.fail(error)
@@ -1214,7 +1189,7 @@ def test_no_pattern_of_lost_and_repeated_chunks_shows(
 
     async def main() -> None:
         nobody = Nobody()
-        stream = Stream(nobody, "r1", (b"", b""), 0, restart=False)
+        stream = Stream(nobody, Submit("r1", "w", stream=True), (b"", b""))
         pieces, got = aiter(stream), ""
         for offset, size, read_now in chunks:
             offset = min(offset, len(text))
@@ -1241,7 +1216,7 @@ def test_restarts_are_counted_only_where_text_was_delivered(
     """Every attempt streams its text and is lost, but the last: its text is what remains."""
 
     async def main() -> None:
-        stream = Stream(Nobody(), "r1", (b"", b""), 0, restart=True)
+        stream = Stream(Nobody(), Submit("r1", "w", stream=True, restart=True), (b"", b""))
         pieces, seen = aiter(stream), {0: ""}
         for attempt_id, text in enumerate(attempts):
             stream.on_chunk(Chunk("r1", attempt_id, 0), text)

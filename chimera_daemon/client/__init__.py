@@ -10,7 +10,7 @@ Imports msgspec, pyzmq and the standard library only: this is all that an agent 
 """
 
 from chimera_daemon.client.aio import Client, connect
-from chimera_daemon.client.calls import Call, Reply, Stream
+from chimera_daemon.client.calls import Call, RawCall, RawReply, RawStream, Reply, Stream
 from chimera_daemon.client.errors import (
     BadRequest,
     Cancelled,
@@ -54,6 +54,9 @@ __all__ = [
     "NoEngine",
     "Overloaded",
     "ProtocolError",
+    "RawCall",
+    "RawReply",
+    "RawStream",
     "Receipt",
     "Reply",
     "RequestTimeout",

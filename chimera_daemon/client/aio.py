@@ -1,100 +1,46 @@
-"""The asyncio client: many requests and workflows over one `Link`.
+"""The asyncio client: many requests and workflows over one `Lane` per worker of the daemon.
 
-Owns every request without an answer. Rules:
-- A request is an entry of ``_pending`` from its submission until its one answer; whoever takes it
-  out settles it. Answers to ids that are not there (duplicates, late ones) are dropped.
-- Whenever the link comes up, everything that is unanswered is sent again with the same bytes. The
-  daemon takes a repeated request id for the same request, so that is always safe.
-- Nothing is awaited between encoding and sending: one future, one encode, one send per request, no
-  task, and a timer only where a timeout was asked for.
+Owns the choice of the lane, by workflow id, and how many there are: as many as worker 0 says.
+Nothing is awaited between encoding and sending: one future, one encode, one send per request, no
+task, and a timer only where a timeout was asked for.
 """
 
 import asyncio
-import logging
 import os
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
-import msgspec
-
-from chimera_daemon.client.calls import Call, Pending, Reply, Stream
+from chimera_daemon.client.calls import Call, RawCall, RawStream, Stream
 from chimera_daemon.client.errors import (
     BadRequest,
     ChimeraError,
     ClientClosed,
     DaemonUnreachable,
     Overloaded,
-    ProtocolError,
     RequestTimeout,
     TooLarge,
-    VersionMismatch,
-    from_failure,
 )
-from chimera_daemon.client.link import Link
+from chimera_daemon.client.lane import Lane
 from chimera_daemon.client.workflow import ASK_TIMEOUT_S, Workflow
-from chimera_daemon.messages import (
-    PROTOCOL_VERSION,
-    Cancel,
-    Chunk,
-    Closed,
-    CloseWorkflow,
-    Completion,
-    Delta,
-    Failure,
-    Feedback,
-    GetStatus,
-    Hints,
-    Pong,
-    Result,
-    StatusReply,
-    Submit,
-    ToClient,
-    Tries,
-)
-from chimera_daemon.wire import MAX_HEADER_BYTES, encode
-
-_log = logging.getLogger("chimera.client")
-
-_decode_completion = msgspec.json.Decoder(Completion).decode
-_decode_delta = msgspec.json.Decoder(Delta).decode
-_decode_status = msgspec.json.Decoder(dict[str, Any]).decode
-_BROKEN = (msgspec.MsgspecError, ValueError, RecursionError)
+from chimera_daemon.messages import NO_LIMIT, Api, Feedback, Hints, Pong, Submit, Tries
+from chimera_daemon.wire import MAX_HEADER_BYTES, encode, worker_of
 
 CONNECT_TIMEOUT_S = 5.0
 GIVE_UP_S = 60.0
 MAX_PENDING = 10_000
-# What is queued when a client closes (cancels, closed workflows) may still be sent for so long.
-_LINGER_MS = 200
+# For the snapshot of a worker that is away when there are others.
+_AWAY_STATUS_S = 0.5
 
-
-class _Ask:
-    """A question or notice that is sent again until it is answered or its time is up."""
-
-    __slots__ = ("expires_at", "frames", "futures")
-
-    def __init__(self, frames: tuple[bytes], expires_at: float) -> None:
-        self.frames = frames
-        self.expires_at = expires_at
-        self.futures: list[asyncio.Future[Any]] = []
-
-    def settle(self, value: object) -> None:
-        for future in self.futures:
-            if not future.done():
-                future.set_result(value)
-
-    def fail(self, error: ChimeraError) -> None:
-        for future in self.futures:
-            if not future.done():
-                future.set_exception(error)
+Request = TypeVar("Request", Call, RawCall, Stream, RawStream)
 
 
 class Client:
     """A connection to a daemon, for any number of workflows at once. Make one with `connect`.
 
-    To be used on one event loop (asyncio or uvloop) and its thread. ``give_up_s``: a daemon that is
-    away for longer fails what is pending, and everything new until it is back, with
+    To be used on one event loop (asyncio or uvloop) and its thread. ``address`` is that of worker 0
+    of the daemon, which says how many workers there are. ``give_up_s``: a worker that is away for
+    longer fails what is pending there, and everything new until it is back, with
     `DaemonUnreachable`. ``max_pending``: requests without an answer, beyond that `Overloaded`.
     """
 
@@ -109,32 +55,37 @@ class Client:
         self._max_pending = max_pending
         self._give_up_s = give_up_s
         self._max_payload_bytes = 0
-        self._pending: dict[str, Pending] = {}
-        self._asks: dict[tuple[str, str], _Ask] = {}
-        self._cancels: dict[str, None] = {}  # given up while the link was down
-        self._verdicts: dict[tuple[str, int], Feedback] = {}  # likewise not sent yet
         self._requests = 0
         self._workflows = 0
-        self._unreadable = 0
-        # Why nothing can be submitted at the moment. Made anew each time: a raised exception keeps
-        # its traceback, and one that is raised again and again would grow.
-        self._broken: Callable[[], ChimeraError] | None = None
         self._closed = False
-        self._away_since: float | None = self.loop.time()
         self._ready: asyncio.Future[None] = self.loop.create_future()
-        # Room for everything pending to be sent twice, so that a full queue means a stuck daemon.
-        hwm = 2 * max_pending + 1000
-        self._link = Link(address, self.client_id.encode(), hwm, self)
+        self._lanes = [self._open(0)]
+
+    def _open(self, worker: int) -> Lane:
+        return Lane(
+            self,
+            self.address,
+            worker,
+            self.client_id,
+            give_up_s=self._give_up_s,
+            max_pending=self._max_pending,
+        )
 
     @property
     def connected(self) -> bool:
-        """Whether the daemon answers at the moment; requests are taken, and kept, also if not."""
-        return self._link.up
+        """Whether all workers answer at the moment; requests are taken, and kept, also if not."""
+        return all(lane.up for lane in self._lanes)
 
     @property
     def pending(self) -> int:
         """Requests without an answer."""
-        return len(self._pending)
+        lanes = self._lanes
+        return lanes[0].pending if len(lanes) == 1 else sum([lane.pending for lane in lanes])
+
+    @property
+    def workers(self) -> int:
+        """How many workers the daemon has, as far as is known."""
+        return len(self._lanes)
 
     @property
     def max_payload_bytes(self) -> int:
@@ -142,14 +93,15 @@ class Client:
         return self._max_payload_bytes
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Wait for the first answer of the daemon.
+        """Wait for the first answer of every worker.
 
         Raises `DaemonUnreachable` after ``timeout_s`` seconds, `VersionMismatch` at once.
         """
         try:
             await asyncio.wait_for(asyncio.shield(self._ready), timeout_s)
         except TimeoutError:
-            raise self._unreachable(timeout_s) from None
+            away = [lane for lane in self._lanes if not lane.answered] or self._lanes
+            raise away[0].unreachable(timeout_s) from None
 
     def workflow(
         self, kind: str | None = None, workflow_id: str | None = None, *, tries: int = 1
@@ -192,22 +144,20 @@ class Client:
         `TooLarge`, `Overloaded`, `BadRequest`, `DaemonUnreachable` or `ClientClosed` without having
         sent anything; every other error comes out of the `Call`.
         """
-        request_id, frames = self._encode(
-            payload,
-            workflow_id,
-            stage,
-            kind,
-            model,
-            max_tokens,
-            prompt_tokens,
-            hints,
-            restart,
-            tries,
-            optional,
+        header = Submit(
+            request_id=self._new_request_id(),
+            workflow_id=workflow_id,
+            stage=stage,
+            kind=kind,
+            model=model,
+            max_tokens=max_tokens,
+            prompt_tokens=prompt_tokens,
+            restart=restart,
+            hints=hints,
+            tries=tries,
+            optional=optional,
         )
-        call = Call(self, request_id, frames, stage)
-        self._launch(call, timeout_s)
-        return call
+        return self._launch(Call, header, payload, timeout_s)
 
     def stream(
         self,
@@ -226,30 +176,124 @@ class Client:
         timeout_s: float | None = None,
     ) -> Stream:
         """As `submit`, with the text as it is written."""
-        request_id, frames = self._encode(
-            payload,
-            workflow_id,
-            stage,
-            kind,
-            model,
-            max_tokens,
-            prompt_tokens,
-            hints,
-            restart,
-            tries,
-            optional,
+        header = Submit(
+            request_id=self._new_request_id(),
+            workflow_id=workflow_id,
+            stage=stage,
+            kind=kind,
+            model=model,
+            max_tokens=max_tokens,
+            prompt_tokens=prompt_tokens,
             stream=True,
+            restart=restart,
+            hints=hints,
+            tries=tries,
+            optional=optional,
         )
-        stream = Stream(self, request_id, frames, stage, restart)
-        self._launch(stream, timeout_s)
-        return stream
+        return self._launch(Stream, header, payload, timeout_s)
+
+    def request(
+        self,
+        payload: bytes,
+        *,
+        api: Api,
+        workflow_id: str,
+        stage: int = 0,
+        kind: str | None = None,
+        model: str | None = None,
+        max_tokens: int = NO_LIMIT,
+        prompt_tokens: int | None = None,
+        hints: Hints | None = None,
+        restart: bool = False,
+        tries: Tries | None = None,
+        optional: bool = False,
+        last: bool = False,
+        timeout_s: float | None = None,
+    ) -> RawCall:
+        """Send a body of OpenAI's API as it is and get the response object as it came.
+
+        ``api`` is ``"chat"`` or ``"completions"``. The engine honours the body's own settings;
+        ``max_tokens`` here is what scheduling goes by. ``last``: the workflow ends, without an
+        outcome, with this answer. The rest, errors included, is as for `submit`.
+        """
+        header = Submit(
+            request_id=self._new_request_id(),
+            workflow_id=workflow_id,
+            stage=stage,
+            kind=kind,
+            model=model,
+            max_tokens=max_tokens,
+            prompt_tokens=prompt_tokens,
+            restart=restart,
+            hints=hints,
+            tries=tries,
+            optional=optional,
+            api=_raw(api),
+            last=last,
+        )
+        return self._launch(RawCall, header, payload, timeout_s)
+
+    def relay(
+        self,
+        payload: bytes,
+        *,
+        api: Api,
+        workflow_id: str,
+        stage: int = 0,
+        kind: str | None = None,
+        model: str | None = None,
+        max_tokens: int = NO_LIMIT,
+        prompt_tokens: int | None = None,
+        hints: Hints | None = None,
+        restart: bool = False,
+        tries: Tries | None = None,
+        optional: bool = False,
+        last: bool = False,
+        timeout_s: float | None = None,
+    ) -> RawStream:
+        """As `request`, with the chunk objects of a stream as they come."""
+        header = Submit(
+            request_id=self._new_request_id(),
+            workflow_id=workflow_id,
+            stage=stage,
+            kind=kind,
+            model=model,
+            max_tokens=max_tokens,
+            prompt_tokens=prompt_tokens,
+            stream=True,
+            restart=restart,
+            hints=hints,
+            tries=tries,
+            optional=optional,
+            api=_raw(api),
+            last=last,
+        )
+        return self._launch(RawStream, header, payload, timeout_s)
 
     async def status(self, timeout_s: float = ASK_TIMEOUT_S) -> dict[str, Any]:
-        """A snapshot of the daemon. Raises `RequestTimeout` (checked once per heartbeat)."""
-        self._requests += 1
-        request_id = f"s{self._requests}"
-        frames = (encode(GetStatus(request_id=request_id)),)
-        return await self._ask(("status", request_id), frames, timeout_s)
+        """A snapshot of the daemon; of several workers ``{"workers": [...]}``, a snapshot each.
+
+        A worker that is away is left out, unless all are. Raises `RequestTimeout` (checked once per
+        heartbeat).
+        """
+        self._check_open()
+        if len(self._lanes) == 1:
+            return await self._lanes[0].status(self._new_request_id(), timeout_s)
+        snapshots = await asyncio.gather(
+            *(
+                lane.status(
+                    self._new_request_id(), timeout_s if lane.up else min(timeout_s, _AWAY_STATUS_S)
+                )
+                for lane in self._lanes
+            ),
+            return_exceptions=True,
+        )
+        there = [snapshot for snapshot in snapshots if isinstance(snapshot, dict)]
+        for problem in snapshots:
+            away = isinstance(problem, (RequestTimeout, DaemonUnreachable))
+            if isinstance(problem, BaseException) and not (away and there):
+                raise problem
+        return {"workers": there}
 
     async def close_workflow(
         self, workflow_id: str, success: float | None = None, timeout_s: float = ASK_TIMEOUT_S
@@ -258,24 +302,18 @@ class Client:
 
         Raises `RequestTimeout` (checked once per heartbeat).
         """
-        frames = (encode(CloseWorkflow(workflow_id=workflow_id, success=success)),)
-        await self._ask(("closed", workflow_id), frames, timeout_s)
+        self._check_open()
+        await self._lane_of(workflow_id).close_workflow(workflow_id, success, timeout_s)
 
     def close_workflow_soon(self, workflow_id: str, success: float | None = None) -> None:
         """As `close_workflow`, without waiting and without an error."""
         if not self._closed:
-            frames = (encode(CloseWorkflow(workflow_id=workflow_id, success=success)),)
-            self._post(("closed", workflow_id), frames, ASK_TIMEOUT_S)
+            self._lane_of(workflow_id).close_workflow_soon(workflow_id, success, ASK_TIMEOUT_S)
 
     def feedback(self, workflow_id: str, stage: int, verdict: float) -> None:
         """Say whether a stage's answer was right, as `Workflow.feedback`, without any waiting."""
-        if self._closed:
-            return
-        feedback = Feedback(workflow_id, stage, verdict)
-        if self._link.up:
-            self._link.send((encode(feedback),))
-        elif len(self._verdicts) < self._max_pending:
-            self._verdicts[workflow_id, stage] = feedback
+        if not self._closed:
+            self._lane_of(workflow_id).send_feedback(Feedback(workflow_id, stage, verdict))
 
     async def close(self) -> None:
         """Cancel what is pending (it fails with `ClientClosed`) and disconnect. Idempotent."""
@@ -286,280 +324,81 @@ class Client:
         if self._closed:
             return
         self._closed = True
-        self._fail_all(lambda: ClientClosed("the client was closed"))
         self._ready.cancel()
-        self._link.close(_LINGER_MS)
+        for lane in self._lanes:
+            lane.shut(lambda: ClientClosed("the client was closed"))
 
     # Requests.
 
-    def _encode(
-        self,
-        payload: bytes,
-        workflow_id: str,
-        stage: int,
-        kind: str | None,
-        model: str | None,
-        max_tokens: int,
-        prompt_tokens: int | None,
-        hints: Hints | None,
-        restart: bool,
-        tries: Tries | None,
-        optional: bool,
-        stream: bool = False,
-    ) -> tuple[str, tuple[bytes, bytes]]:
-        """The request's id and frames; refuses what cannot succeed before it costs anything."""
+    def _new_request_id(self) -> str:
+        self._requests += 1
+        return f"r{self._requests}"
+
+    def _check_open(self) -> None:
         if self._closed:
             raise ClientClosed("the client is closed")
-        if self._broken is not None:
-            raise self._broken()
-        if len(self._pending) >= self._max_pending:
-            raise Overloaded(f"{len(self._pending)} requests are pending in this client already")
-        if max_tokens < 1:
-            raise BadRequest(f"max_tokens must be at least 1, not {max_tokens}")
+
+    def _lane_of(self, workflow_id: str) -> Lane:
+        lanes = self._lanes
+        return lanes[0] if len(lanes) == 1 else lanes[worker_of(workflow_id, len(lanes))]
+
+    def _launch(
+        self, form: type[Request], header: Submit, payload: bytes, timeout_s: float | None
+    ) -> Request:
+        """Send it; refuses what cannot succeed before it costs anything."""
+        self._check_open()
+        lane = self._lane_of(header.workflow_id)
+        lane.check()
+        if self.pending >= self._max_pending:
+            raise Overloaded(f"{self.pending} requests are pending in this client already")
+        if header.max_tokens < 1:
+            raise BadRequest(f"max_tokens must be at least 1, not {header.max_tokens}")
         if len(payload) > self._max_payload_bytes > 0:
             raise TooLarge(
                 f"the payload has {len(payload)} bytes; "
                 f"the daemon takes at most {self._max_payload_bytes}"
             )
-        self._requests += 1
-        request_id = f"r{self._requests}"
-        header = encode(
-            Submit(
-                request_id=request_id,
-                workflow_id=workflow_id,
-                stage=stage,
-                kind=kind,
-                model=model,
-                max_tokens=max_tokens,
-                prompt_tokens=prompt_tokens,
-                stream=stream,
-                restart=restart,
-                hints=hints,
-                tries=tries,
-                optional=optional,
-            )
-        )
-        if len(header) > MAX_HEADER_BYTES:
+        encoded = encode(header)
+        if len(encoded) > MAX_HEADER_BYTES:
             raise BadRequest(
                 f"hints or tries are too long: the header is over {MAX_HEADER_BYTES} bytes"
             )
-        return request_id, (header, payload)
-
-    def _launch(self, request: Pending, timeout_s: float | None) -> None:
+        request = form(lane, header, (encoded, payload))
         if timeout_s is not None:
-            request.timer = self.loop.call_later(timeout_s, self._expire, request, timeout_s)
-        self._pending[request.request_id] = request
-        if self._link.up:
-            self._link.send(request.frames)
-
-    def _take(self, request_id: str) -> Pending | None:
-        request = self._pending.pop(request_id, None)
-        if request is not None and request.timer is not None:
-            request.timer.cancel()
+            request.timer = self.loop.call_later(timeout_s, request.expire, timeout_s)
+        lane.launch(request)
         return request
 
-    def _expire(self, request: Pending, timeout_s: float) -> None:
-        self.drop(request, RequestTimeout(f"no answer within {timeout_s} s"))
+    # What the lanes say.
 
-    def drop(self, request: Pending, error: ChimeraError) -> None:
-        """Give a request up with this error and tell the daemon; nothing if it is settled."""
-        if self._take(request.request_id) is None:
-            return
-        self._send_cancel(request.request_id)
-        request.fail(error)
-
-    def _send_cancel(self, request_id: str) -> None:
-        if self._link.up:
-            self._link.send((encode(Cancel(request_id=request_id)),))
-        elif len(self._cancels) < self._max_pending:
-            self._cancels[request_id] = None
-
-    def _fail_all(self, error: Callable[[], ChimeraError]) -> None:
-        """Settle everything with an error of its own, and let the daemon know."""
-        pending, self._pending = self._pending, {}
-        asks, self._asks = self._asks, {}
-        for request in pending.values():
-            if request.timer is not None:
-                request.timer.cancel()
-            self._send_cancel(request.request_id)
-            request.fail(error())
-        for ask in asks.values():
-            ask.fail(error())
-
-    async def _ask(self, key: tuple[str, str], frames: tuple[bytes], timeout_s: float) -> Any:
-        if self._closed:
-            raise ClientClosed("the client is closed")
-        if self._broken is not None:
-            raise self._broken()
-        ask = self._post(key, frames, timeout_s)
-        future: asyncio.Future[Any] = self.loop.create_future()
-        ask.futures.append(future)
-        return await future
-
-    def _post(self, key: tuple[str, str], frames: tuple[bytes], timeout_s: float) -> _Ask:
-        ask = self._asks.get(key)
-        if ask is None:
-            if len(self._asks) >= self._max_pending:
-                raise Overloaded(f"{len(self._asks)} notices wait for an answer already")
-            ask = self._asks[key] = _Ask(frames, self.loop.time() + timeout_s)
-        if self._link.up:
-            self._link.send(frames)
-        return ask
-
-    # What the link says.
-
-    def on_message(self, message: ToClient, frames: list[bytes]) -> None:
-        """Called by the link."""
-        match message:
-            case Result():
-                self._on_result(message, frames)
-            case Chunk():
-                self._on_chunk(message, frames)
-            case Failure():
-                self._on_failure(message)
-            case Closed():
-                ask = self._asks.pop(("closed", message.workflow_id), None)
-                if ask is not None:
-                    ask.settle(None)
-            case StatusReply():
-                self._on_status(message, frames)
-            case Pong():
-                pass  # the link's own
-
-    def _on_result(self, result: Result, frames: list[bytes]) -> None:
-        request = self._take(result.request_id)
-        if request is None:
-            return
-        try:
-            text = _decode_completion(frames[1]).text
-        except (*_BROKEN, IndexError):
-            request.fail(ProtocolError("the answer's payload could not be read"))
-            return
-        if request.models is not None:
-            request.models.add(result.model)
-        request.finish(
-            Reply(
-                text,
-                result.model,
-                result.engine,
-                result.usage,
-                result.finish_reason,
-                result.receipt,
-                result.request_id,
-                perf_counter() - request.started,
-                request.stage,
-                result.logprob,
-            )
-        )
-
-    def _on_chunk(self, chunk: Chunk, frames: list[bytes]) -> None:
-        request = self._pending.get(chunk.request_id)
-        if request is None:
-            return
-        try:
-            text = _decode_delta(frames[1]).text
-        except (*_BROKEN, IndexError):
-            _log.warning("a chunk of request %s could not be read", chunk.request_id)
-            return  # a gap, which the final answer fills
-        request.on_chunk(chunk, text)
-
-    def _on_failure(self, failure: Failure) -> None:
-        error = from_failure(failure)
-        if not failure.request_id:
-            # It concerns the connection: we cannot know which request the daemon could not read,
-            # and one that is never answered must not wait for ever.
-            _log.error("the daemon refused a message: %s: %s", failure.code, failure.message)
-            if not self._ready.done():
-                self._ready.set_exception(error)
-            self._fail_all(lambda: from_failure(failure))
-            return
-        request = self._take(failure.request_id)
-        if request is not None:
-            request.fail(error)
-            return
-        ask = self._asks.pop(("status", failure.request_id), None)
-        if ask is not None:
-            ask.fail(error)
-
-    def _on_status(self, message: StatusReply, frames: list[bytes]) -> None:
-        ask = self._asks.pop(("status", message.request_id), None)
-        if ask is None:
-            return
-        try:
-            ask.settle(_decode_status(frames[1]))
-        except (*_BROKEN, IndexError):
-            ask.fail(ProtocolError("the status could not be read"))
-
-    def on_unreadable(self, request_id: str) -> None:
-        """Called by the link."""
-        self._unreadable += 1
-        if self._unreadable & (self._unreadable - 1) == 0:  # 1, 2, 4, ...: a flood stays readable
-            _log.warning("%d unreadable messages from %s", self._unreadable, self.address)
-        request = self._take(request_id)
-        if request is not None:
-            self._send_cancel(request_id)
-            request.fail(ProtocolError("the daemon's answer could not be read"))
-
-    def on_up(self, pong: Pong, new_daemon: bool) -> None:
-        """Called by the link: send again all that is unanswered, in the order it was asked."""
-        self._away_since = None
-        self._broken = None
+    def on_lane_up(self, lane: Lane, pong: Pong) -> None:
+        """Called by a lane."""
         self._max_payload_bytes = pong.max_payload_bytes
-        if not self._ready.done():
+        if lane.worker == 0 and pong.workers != len(self._lanes):
+            self._resize(pong.workers)
+        if not self._ready.done() and all(lane.answered for lane in self._lanes):
             self._ready.set_result(None)
-        if not new_daemon:
-            for request_id in self._cancels:
-                self._link.send((encode(Cancel(request_id=request_id)),))
-            for feedback in self._verdicts.values():
-                self._link.send((encode(feedback),))
-        self._cancels.clear()
-        self._verdicts.clear()
-        for request in list(self._pending.values()):
-            if (not new_daemon or request.on_new_daemon()) and self._link.up:
-                self._link.send(request.frames)
-        self._resend_asks()
 
-    def on_version(self, version: int) -> None:
-        """Called by the link."""
-        message = (
-            f"the daemon at {self.address} speaks protocol version {version}, this client "
-            f"{PROTOCOL_VERSION}: install the same release of Chimera on both sides"
-        )
-        self._broken = lambda: VersionMismatch(message)
+    def on_refused(self, error: ChimeraError) -> None:
+        """Called by a lane."""
         if not self._ready.done():
-            self._ready.set_exception(self._broken())
-        self._fail_all(self._broken)
+            self._ready.set_exception(error)
 
-    def on_beat(self) -> None:
-        """Called by the link: what is waited for in vain."""
-        now = self.loop.time()
-        if not self._link.up:
-            if self._away_since is None:
-                self._away_since = now
-            away_since = self._away_since
-            if now - away_since >= self._give_up_s and self._broken is None:
-                self._broken = lambda: self._unreachable(now - away_since)
-                self._fail_all(self._broken)
-        for key, ask in list(self._asks.items()):
-            if now >= ask.expires_at:
-                del self._asks[key]
-                ask.fail(RequestTimeout("the daemon did not acknowledge in time"))
-        self._resend_asks()
+    def _resize(self, workers: int) -> None:
+        """Worker 0 came up with another number of workers: open, move, and close lanes."""
+        before = self._lanes
+        added = [self._open(worker) for worker in range(len(before), workers)]
+        self._lanes = [*before[:workers], *added]
+        for lane in before:
+            lane.move(self._lane_of)
+        for lane in before[workers:]:
+            lane.shut(lambda: DaemonUnreachable("the daemon has fewer workers now"))
 
-    def _resend_asks(self) -> None:
-        for ask in self._asks.values():
-            if not self._link.up:
-                return
-            self._link.send(ask.frames)
 
-    def _unreachable(self, away_s: float) -> DaemonUnreachable:
-        if self._link.connected:
-            what = f"something at {self.address} takes connections but is no Chimera daemon"
-        else:
-            what = f"no Chimera daemon answers at {self.address}"
-        return DaemonUnreachable(
-            f"{what} (waited {away_s:.1f} s); start one with `chimera up`, or check the address"
-        )
+def _raw(api: Api) -> Api:
+    if api == "text":
+        raise BadRequest('a raw request is in one of OpenAI\'s forms: api="chat" or "completions"')
+    return api
 
 
 @asynccontextmanager
@@ -572,8 +411,9 @@ async def connect(
 ) -> AsyncGenerator[Client, None]:
     """Connect to the daemon at ``tcp://HOST:PORT`` or ``ipc:///PATH``; see `Client`.
 
-    Waits up to ``timeout_s`` seconds for its first answer. Raises `ValueError` for an address that
-    cannot be used, `DaemonUnreachable` or `VersionMismatch`.
+    Of a daemon with several workers this is the address of worker 0. Waits up to ``timeout_s``
+    seconds for the first answer of each. Raises `ValueError` for an address that cannot be used,
+    `DaemonUnreachable` or `VersionMismatch`.
     """
     client = Client(address, give_up_s=give_up_s, max_pending=max_pending)
     try:

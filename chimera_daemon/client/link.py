@@ -8,13 +8,12 @@ stay away, or the send queue is full. What was under way when it broke is simply
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
 import zmq
 
-from chimera_daemon.channel import Channel, make_socket, watch_connection
+from chimera_daemon.channel import Channel, Frames, Sent, make_socket, watch_connection
 from chimera_daemon.messages import PROTOCOL_VERSION, Ping, Pong, ToClient
 from chimera_daemon.wire import check_address, decode_client, encode, request_id_of
 
@@ -48,8 +47,9 @@ class LinkOwner(Protocol):
     def on_up(self, pong: Pong, new_daemon: bool) -> None:
         """The link is up (again). ``new_daemon``: another process, which remembers nothing."""
 
-    def on_version(self, version: int) -> None:
-        """The daemon speaks another version; the link stays down."""
+    def accept(self, pong: Pong) -> bool:
+        """Whether this is the daemon that is wanted; if not, the link goes, or stays, down."""
+        ...
 
     def on_beat(self) -> None:
         """Once per heartbeat, whatever the state."""
@@ -88,13 +88,15 @@ class Link:
             socket.close(linger=0)
             raise ValueError(f"address {address!r} is not usable: {error}") from error
         self._socket = socket
-        self._channel = Channel(socket, self._on_frames)
+        self._channel = Channel(socket, self._on_frames, self._on_unsent)
         self._timer = self._loop.call_later(self.beat_s, self._beat)
 
-    def send(self, frames: Sequence[bytes]) -> None:
+    def send(self, frames: Frames) -> None:
         """Queue a message, only while ``up``; a full queue takes it down until the next pong."""
-        if not self._channel.send(frames):
-            self._down("its send queue is full")
+        self._channel.post(frames)
+
+    def _on_unsent(self, _frames: Frames, _why: Sent) -> None:
+        self._down("its send queue is full")
 
     def close(self, linger_ms: int) -> None:
         """Stop; what is queued may still be sent for ``linger_ms``."""
@@ -120,9 +122,8 @@ class Link:
         if not self.connected:
             return  # left over from a connection that has broken since
         self._unanswered = 0
-        if pong.v != PROTOCOL_VERSION:
+        if not self._owner.accept(pong):
             self.up = False
-            self._owner.on_version(pong.v)
             return
         self._set_beat(pong.heartbeat_s)
         new_daemon = pong.daemon_id != self._daemon_id

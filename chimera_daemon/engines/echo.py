@@ -15,7 +15,9 @@ import msgspec
 from msgspec import Meta, Struct
 
 from chimera_daemon.config import EngineConfig
+from chimera_daemon.engines import echo_openai
 from chimera_daemon.engines.backend import BackendInfo, EngineStartError, Events
+from chimera_daemon.engines.echo_openai import CHARACTERS_PER_TOKEN, Reply
 from chimera_daemon.engines.payload import (
     PayloadError,
     decode_body,
@@ -35,7 +37,6 @@ from chimera_daemon.messages import (
     Usage,
 )
 
-CHARACTERS_PER_TOKEN = 4  # of a prompt; output is counted in words
 # A clock that is later than this (a stopped process) goes on from now instead of catching up.
 _MAX_LAG_S = 1.0
 _VOCABULARY = 1000
@@ -80,14 +81,27 @@ class Clock(Protocol):
 class _Attempt:
     """One attempt between `submit` and its answer."""
 
-    __slots__ = ("done", "first", "offset", "reason", "run", "prompt_tokens", "tokens", "total")
+    __slots__ = (
+        *("done", "first", "offset", "prompt_tokens", "reason", "reply", "run", "tokens"),
+        *("total", "width"),
+    )
 
-    def __init__(self, run: Run, first: int, total: int, reason: str, prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        run: Run,
+        first: int,
+        total: int,
+        reason: str,
+        prompt_tokens: int,
+        reply: Reply | None,
+    ) -> None:
         self.run = run
         self.first = first  # index of the first word
-        self.total = total  # tokens to produce
+        self.total = total  # tokens to produce, of each choice
         self.reason = reason
         self.prompt_tokens = prompt_tokens
+        self.reply = reply  # None: the text form
+        self.width = 1 if reply is None else reply.choices
         self.tokens = 0
         self.offset = 0  # characters streamed
         self.done = False
@@ -96,8 +110,15 @@ class _Attempt:
 class EchoBackend:
     """See the head of this file. ``clock`` defaults to the running loop."""
 
-    def __init__(self, options: EchoOptions | None = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        options: EchoOptions | None = None,
+        clock: Clock | None = None,
+        *,
+        model: str = "echo",
+    ) -> None:
         self._options = options or EchoOptions()
+        self._model = echo_openai.quoted(model)
         self._clock = clock
         low, high = self._options.reply_tokens
         if low > high:
@@ -122,7 +143,7 @@ class EchoBackend:
                 f"engine `{engine.name}`: `args` of an echo engine: {error}; known are "
                 + ", ".join(EchoOptions.__struct_fields__)
             ) from error
-        return cls(options)
+        return cls(options, model=engine.model)
 
     async def start(self, events: Events) -> BackendInfo:
         """Ready at once."""
@@ -135,33 +156,43 @@ class EchoBackend:
 
     def submit(self, attempt: Run, payload: bytes) -> None:
         """Answer now, or let the clock do it."""
+        options = self._options
+        digest = zlib.crc32(payload, options.seed)
+        reply = None
         try:
-            body = decode_body(payload)
+            if attempt.api == "text":
+                body = decode_body(payload)
+                characters = sum([len(message.text) for message in body.messages])
+                prompt_tokens = longest_prompt = characters // CHARACTERS_PER_TOKEN + 1
+                limit = attempt.max_tokens
+            else:
+                reply = echo_openai.read(attempt.api, payload, self._model, digest)
+                prompt_tokens, longest_prompt = reply.prompt_tokens, reply.longest_prompt
+                limit = reply.max_tokens or options.context_tokens
         except PayloadError as error:
             self._fail(attempt, str(error))
             return
-        options = self._options
-        characters = sum([len(message.text) for message in body.messages])
-        prompt_tokens = characters // CHARACTERS_PER_TOKEN + 1
-        room = options.context_tokens - prompt_tokens
+        room = options.context_tokens - longest_prompt
         if room < 1:
             self._fail(
                 attempt,
-                f"the prompt has {prompt_tokens} tokens and leaves no room for an answer in a "
+                f"the prompt has {longest_prompt} tokens and leaves no room for an answer in a "
                 f"context of {options.context_tokens}",
             )
             return
-        digest = zlib.crc32(payload, options.seed)
         if options.fail_rate and self._unlucky(digest, attempt.attempt_id):
             failed = EngineFailed(attempt.attempt_id, "engine_error", "echo: fail_rate", True)
             self._events.emit(failed)
             return
         low, high = options.reply_tokens
         wanted = low + digest % (high - low + 1)
-        limit = min(attempt.max_tokens, room)
+        limit = min(limit, room)
         total = min(wanted, limit)
         reason = "stop" if wanted <= limit else "length"
-        state = _Attempt(attempt, digest % _VOCABULARY, total, reason, prompt_tokens)
+        if reply is not None and reply.tool is not None:
+            total, reason = 1, "tool_calls"
+        first = digest % _VOCABULARY
+        state = _Attempt(attempt, first, total, reason, prompt_tokens, reply)
         if options.step_s == 0.0 and options.step_per_seq_s == 0.0:
             self._answer_now(state)
         else:
@@ -183,7 +214,7 @@ class EchoBackend:
 
     def stats(self) -> EngineStats:
         """KV use is the share of the slots' context that is filled."""
-        held = sum(a.prompt_tokens + a.tokens for a in self._running)
+        held = sum(a.prompt_tokens + a.tokens * a.width for a in self._running)
         capacity = self._options.slots * self._options.context_tokens
         return EngineStats(
             running=len(self._running),
@@ -195,7 +226,7 @@ class EchoBackend:
 
     def progress(self) -> dict[int, int]:
         """Attempts that have a slot."""
-        return {a.run.attempt_id: a.tokens for a in self._running}
+        return {a.run.attempt_id: a.tokens * a.width for a in self._running}
 
     async def close(self) -> None:
         """Stop the clock and forget everything."""
@@ -221,7 +252,7 @@ class EchoBackend:
 
     def _answer_now(self, attempt: _Attempt) -> None:
         attempt.tokens = attempt.total
-        self._output_tokens += attempt.total
+        self._output_tokens += attempt.total * attempt.width
         if attempt.run.stream:
             self._stream(attempt, 0)
         self._finish(attempt)
@@ -260,17 +291,19 @@ class EchoBackend:
     def _end_step(self) -> None:
         # An attempt may be cancelled from inside `emit`, hence the copy and the marks.
         stepped = self._running[:]
+        produced = 0
         for attempt in stepped:
             if attempt.done:
                 continue
             attempt.tokens += 1
-            self._output_tokens += 1
+            produced += attempt.width
             if attempt.run.stream:
                 self._stream(attempt, attempt.tokens - 1)
             if attempt.tokens == attempt.total and not attempt.done:
                 del self._attempts[attempt.run.attempt_id]
                 attempt.done = True
                 self._finish(attempt)
+        self._output_tokens += produced
         self._running = [a for a in self._running if not a.done]
         self._begin_step()
 
@@ -286,11 +319,35 @@ class EchoBackend:
         text = self._text(attempt, begin, attempt.tokens)
         if begin:
             text = " " + text
+        if attempt.reply is not None:
+            self._stream_objects(attempt, attempt.reply, text)
+            return
         chunk = EngineChunk(attempt.run.attempt_id, attempt.offset)
         attempt.offset += len(text)
         self._events.emit(chunk, encode_delta(text))
 
+    def _stream_objects(self, attempt: _Attempt, reply: Reply, text: str) -> None:
+        attempt_id = attempt.run.attempt_id
+        reason = attempt.reason if attempt.tokens == attempt.total else None
+        for choice in range(reply.choices):
+            if attempt.done:  # cancelled from inside `emit`
+                return
+            chunk = EngineChunk(attempt_id, reply.chunks)
+            self._events.emit(chunk, reply.chunk(choice, text, reason))
+
     def _finish(self, attempt: _Attempt) -> None:
-        usage = Usage(attempt.prompt_tokens, attempt.total)
+        usage = Usage(attempt.prompt_tokens, attempt.total * attempt.width)
         finished = EngineFinished(attempt.run.attempt_id, usage, attempt.reason)
-        self._events.emit(finished, encode_completion(self._text(attempt, 0, attempt.total)))
+        reply = attempt.reply
+        if reply is None:
+            payload = encode_completion(self._text(attempt, 0, attempt.total))
+        elif attempt.run.stream:
+            offset = reply.chunks
+            chunk = reply.usage_chunk(usage)
+            if chunk is not None:
+                self._events.emit(EngineChunk(attempt.run.attempt_id, offset), chunk)
+            payload = reply.end_of_stream()
+        else:
+            text = self._text(attempt, 0, attempt.total)
+            payload = reply.answer(text, attempt.reason, usage)
+        self._events.emit(finished, payload)

@@ -1,34 +1,28 @@
-"""The ZeroMQ side of any engine: registration, heartbeats, and the way in and out of its attempts.
+"""One engine as the daemon's workers see it: the life of its backend, and whose attempts are where.
 
-Owns the socket and the list of attempts that the daemon waits for. Knows no model: that is the
-backend's part. What the backend emits for an attempt that is not on the list goes nowhere.
+Owns the list of attempts that somebody waits for, and an `Uplink` per worker: worker 0, at the
+given address, says how many there are. Knows no model: that is the backend's part. What the backend
+emits for an attempt that is not on the list goes nowhere.
 
-Life: start the backend, connect, register, then beat. The daemon answers every registration and
-heartbeat; its answer says who it is and whether it knows this engine. Where it does not (it was
-restarted, or believed the engine lost), it waits for none of the attempts here: they are cancelled,
-and the host registers again. Messages of one host stay in order, so no later attempt can be hit.
-A connection that breaks may have swallowed runs and answers: there the host begins anew under
-another incarnation, which tells a daemon that lives on to run those stages again.
+Life: start the backend, connect, register, then beat, until told to stop. An attempt belongs to the
+worker that sent it: one that is lost takes its own along and no other's.
 """
 
 import asyncio
 import logging
 import os
-import secrets
 import signal
-from collections import deque
 from collections.abc import Callable
 from itertools import islice
 from types import FrameType
-from typing import Any, assert_never
+from typing import Any
 
 import msgspec
 import uvloop
 import zmq
-from msgspec import Struct
 
 from chimera_daemon import wire
-from chimera_daemon.channel import Channel, make_socket, watch_connection
+from chimera_daemon.board import Values
 from chimera_daemon.config import EngineConfig
 from chimera_daemon.engines.backend import (
     AttemptEvent,
@@ -37,17 +31,16 @@ from chimera_daemon.engines.backend import (
     EngineStartError,
     make_backend,
 )
+from chimera_daemon.engines.board_line import BoardLine
+from chimera_daemon.engines.uplink import Uplink
 from chimera_daemon.messages import (
     PROTOCOL_VERSION,
-    Abort,
     DaemonBeat,
-    Deregister,
     EngineChunk,
     EngineFailed,
     Heartbeat,
     Register,
     Run,
-    Shutdown,
 )
 
 log = logging.getLogger("chimera.engine")
@@ -59,31 +52,13 @@ EXIT_ORPHANED = 5  # no daemon for `orphan_s`
 EXIT_VERSION = 6  # the daemon speaks another version of the protocol
 
 DRAIN_S = 10.0  # for running attempts to end after SIGTERM
-_LINGER_MS = 500  # for the last messages to leave
-_FIRST_BEAT_S = 0.5  # until the daemon has said how often
-_CONNECT_S = 0.05  # between looks for a daemon that is not there
-_FLUSH_S = 0.02  # between looks whether a full socket takes messages again
-_SEND_HWM = 4096
-# Answers kept while the daemon does not take them: about a minute of a busy engine.
-_OUTBOX_MESSAGES = 65_536
-_OUTBOX_BYTES = 64 << 20
 # A header has a bound (`wire.MAX_HEADER_BYTES`); an entry takes at most 14 bytes.
 _MAX_PROGRESS = 4096
-# ZeroMQ's own heartbeat, which finds a daemon's machine that went away without closing anything.
-_PING_MS = 5_000
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class _Waiting(Struct, gc=False):
-    """A message that the socket did not take."""
-
-    attempt_id: int
-    frames: tuple[bytes, ...]
-    size: int
-
-
 class Host:
-    """One engine's side of the back socket. ``run`` is a coroutine that returns an exit code."""
+    """One engine's side of the back sockets. ``run`` is a coroutine that returns an exit code."""
 
     def __init__(
         self,
@@ -95,27 +70,27 @@ class Host:
         drain_s: float = DRAIN_S,
     ) -> None:
         self.engine = engine
-        self.incarnation = secrets.randbits(48)
+        self.draining = False
+        self.suspended = False
+        self.uplinks: list[Uplink] = []  # by number of the worker
         self._address = wire.check_address(connect)
         self._backend = backend or make_backend(engine)
         self._orphan_s = orphan_s
         self._drain_s = drain_s
-        self._attempts: set[int] = set()
-        self._outbox: deque[_Waiting] = deque()
-        self._outbox_bytes = 0
-        self._flush_timer: asyncio.TimerHandle | None = None
-        self._beat_timer: asyncio.TimerHandle | None = None
-        self._beat_s = _FIRST_BEAT_S
-        self._daemon_id = ""
-        self._known = False
-        self._draining = False
+        self._attempts: dict[int, Uplink] = {}
+        self._info: BackendInfo | None = None
+        self._strangers: set[str] = set()  # addresses where another worker answers
         self._stopped: asyncio.Future[int] | None = None
-        self._channel: Channel | None = None
 
     @property
     def running(self) -> int:
-        """Attempts that the daemon waits for."""
+        """Attempts that somebody waits for."""
         return len(self._attempts)
+
+    @property
+    def incarnation(self) -> int:
+        """As worker 0 knows it; 0 before it connects."""
+        return self.uplinks[0].incarnation if self.uplinks else 0
 
     @property
     def exit_code(self) -> int | None:
@@ -134,27 +109,34 @@ class Host:
         self._loop = asyncio.get_running_loop()
         self._stopped = self._loop.create_future()
         try:
-            self._info = self._limit(await self._backend.start(self))
+            info = await self._backend.start(self)
+            if self._info is None:
+                self._info = self._limit(info)
+            log.info("%s: started; connecting to %s", self.engine.name, self._address)
             if on_ready is not None:
                 on_ready()
-            context: zmq.Context[Any] = zmq.Context()
+            self._context: zmq.Context[Any] = zmq.Context()
+            self._board = BoardLine(self.engine.name, self._board_values)
             try:
-                self._connect(context)
+                self._open(0)
                 return await self._stopped
             finally:
-                self._disconnect()
+                self._board.close()
+                for uplink in self.uplinks:
+                    uplink.close()
                 # Waits for the last messages to leave, which another thread may do.
-                await asyncio.to_thread(context.term)
+                await asyncio.to_thread(self._context.term)
         finally:
             await self._backend.close()
 
     def stop(self, drain_s: float | None = None) -> None:
         """Take no more work, let running attempts end, at most so long, then leave. Idempotent."""
-        if self._stopped is None or self._channel is None:
+        if self._stopped is None or not self.uplinks:
             return
-        if not self._draining:
-            self._draining = True
-            self._send(Deregister(self.engine.name, self.incarnation))
+        if not self.draining:
+            self.draining = True
+            for uplink in self.uplinks:
+                uplink.sign_off()
         wait_s = self._drain_s if drain_s is None else drain_s
         if self._attempts and wait_s > 0:
             log.info("%s: stopping, %d attempts running", self.engine.name, len(self._attempts))
@@ -168,35 +150,9 @@ class Host:
             return info
         return msgspec.structs.replace(info, max_inflight=configured)
 
-    def _connect(self, context: "zmq.Context[Any]") -> None:
-        identity = f"{self.engine.name}:{self.incarnation}".encode()
-        socket = make_socket(context, zmq.DEALER, hwm=_SEND_HWM, identity=identity)
-        # Nothing is queued for a daemon that is not there: it would reach the next one, stale.
-        socket.setsockopt(zmq.IMMEDIATE, 1)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, _PING_MS)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 2 * _PING_MS)
-        self._socket = socket
-        self._monitor = watch_connection(socket, self._on_event)
-        socket.connect(self._address)
-        self._channel = Channel(socket, self._on_frames)
-        self._heard_at = self._loop.time()
-        log.info(
-            "%s: ready, %d at once, context %d, connecting to %s",
-            self.engine.name,
-            self._info.max_inflight,
-            self._info.context_tokens,
-            self._address,
-        )
-        self._beat()
-
-    def _disconnect(self) -> None:
-        for timer in (self._beat_timer, self._flush_timer):
-            if timer is not None:
-                timer.cancel()
-        if self._channel is not None:
-            self._socket.disable_monitor()
-            self._monitor.close()
-            self._channel.close(_LINGER_MS)
+    def _open(self, worker: int) -> None:
+        address = wire.worker_address(self._address, worker)
+        self.uplinks.append(Uplink(self, self._context, self.engine.name, address, worker))
 
     def _leave(self, code: int) -> None:
         """Fail what is still running and end `run`."""
@@ -205,93 +161,68 @@ class Host:
         for attempt_id in tuple(self._attempts):
             self._backend.cancel(attempt_id)
             self.emit(EngineFailed(attempt_id, "engine_lost", "the engine is stopping", True))
-        self._flush()
+        for uplink in self.uplinks:
+            uplink.flush()
         self._stopped.set_result(code)
 
     # From the backend.
 
     def emit(self, message: AttemptEvent, payload: bytes | None = None) -> None:
-        """Pass an event of a wanted attempt on to the daemon, now or once it listens again."""
-        attempt_id = message.attempt_id
-        if attempt_id not in self._attempts:
+        """Pass an event of a wanted attempt on to its worker, now or once that listens again."""
+        uplink = self._attempts.get(message.attempt_id)
+        if uplink is None:
             return
-        if not isinstance(message, EngineChunk):
-            self._attempts.discard(attempt_id)
-        header = wire.encode(message)
-        frames = (header,) if payload is None else (header, payload)
-        if self._outbox or not self._put(frames):
-            self._keep(attempt_id, frames, isinstance(message, EngineFailed))
-        if self._draining and not self._attempts:
-            self._loop.call_soon(self._leave, EXIT_OK)
+        if type(message) is not EngineChunk:
+            del self._attempts[message.attempt_id]
+            uplink.running -= 1
+        uplink.pass_on(message, payload)
+        if uplink.signed_off and not uplink.running:
+            self._on_idle(uplink)
+
+    def suspend(self, reason: str) -> None:
+        """Take no new work until `resume`; what runs goes on. Idempotent."""
+        if not self.suspended:
+            log.warning("%s: suspended: %s", self.engine.name, reason)
+            self.suspended = True
+            for uplink in self.uplinks:
+                uplink.sign_off()
+
+    def resume(self, info: BackendInfo) -> None:
+        """Take work (again), with these abilities, from each worker once its attempts are done."""
+        self._info = self._limit(info)
+        if self.suspended:
+            log.info("%s: goes on", self.engine.name)
+            self.suspended = False
+            if not self.draining:
+                for uplink in self.uplinks:
+                    uplink.sign_on()
 
     def died(self, reason: str) -> None:
         """The engine is gone: say so, and end so that somebody starts another."""
         log.error("%s: engine died: %s", self.engine.name, reason)
         for attempt_id in tuple(self._attempts):
             self.emit(EngineFailed(attempt_id, "engine_lost", reason[:4096], True))
-        if self._channel is not None:
-            self._send(Deregister(self.engine.name, self.incarnation))
+        for uplink in self.uplinks:
+            uplink.sign_off()
         self._leave(EXIT_ENGINE_DIED)
 
-    # To the daemon.
+    def _on_idle(self, uplink: Uplink) -> None:
+        """The last attempt of a worker that we have signed off from has ended."""
+        if self.draining:
+            if not self._attempts:
+                self._loop.call_soon(self._leave, EXIT_OK)
+        elif not self.suspended:
+            uplink.sign_on()
 
-    def _put(self, frames: tuple[bytes, ...]) -> bool:
-        return self._channel is not None and self._channel.send(frames)
+    # From the uplinks.
 
-    def _send(self, message: Register | Heartbeat | Deregister) -> bool:
-        return self._put((wire.encode(message),))
-
-    def _keep(self, attempt_id: int, frames: tuple[bytes, ...], failed: bool) -> None:
-        size = sum(map(len, frames))
-        over = len(self._outbox) >= _OUTBOX_MESSAGES or self._outbox_bytes + size > _OUTBOX_BYTES
-        if over and not failed:  # a failure is small, and there is one per attempt at most
-            self._overflow(attempt_id)
-            return
-        self._outbox.append(_Waiting(attempt_id, frames, size))
-        self._outbox_bytes += size
-        if self._flush_timer is None:
-            self._flush_timer = self._loop.call_later(_FLUSH_S, self._flush)
-
-    def _overflow(self, attempt_id: int) -> None:
-        """Give this attempt up: the daemon has not read for so long that its output has no room."""
-        self._backend.cancel(attempt_id)
-        self._attempts.add(attempt_id)  # it may just have ended
-        self._outbox = deque(w for w in self._outbox if w.attempt_id != attempt_id)
-        self._outbox_bytes = sum(w.size for w in self._outbox)
-        self.emit(
-            EngineFailed(attempt_id, "engine_error", "the daemon did not read the output", True)
-        )
-
-    def _flush(self) -> None:
-        if self._flush_timer is not None:
-            self._flush_timer.cancel()
-            self._flush_timer = None
-        while self._outbox and self._put(self._outbox[0].frames):
-            self._outbox_bytes -= self._outbox.popleft().size
-        if self._outbox:
-            self._flush_timer = self._loop.call_later(_FLUSH_S, self._flush)
-
-    def _beat(self) -> None:
-        """Once per heartbeat; more often while there is no daemon to send to."""
-        silent_s = self._loop.time() - self._heard_at
-        if self._orphan_s is not None and silent_s > self._orphan_s:
-            log.error("%s: no word from %s for %.1f s", self.engine.name, self._address, silent_s)
-            self._leave(EXIT_ORPHANED)
-            return
-        if self._known:
-            sent = self._send(self._heartbeat())
-        elif self._draining:
-            sent = True  # a registration now would call for work again
-        else:
-            sent = self._send(self._registration())
-        after_s = self._beat_s if sent else min(self._beat_s, _CONNECT_S)
-        self._beat_timer = self._loop.call_later(after_s, self._beat)
-
-    def _registration(self) -> Register:
+    def registration(self, incarnation: int) -> Register:
+        """Called by an uplink."""
         info = self._info
+        assert info is not None, "nothing is registered before the backend has started"
         return Register(
             engine_id=self.engine.name,
-            incarnation=self.incarnation,
+            incarnation=incarnation,
             model=self.engine.model,
             kind=self.engine.kind,
             max_inflight=info.max_inflight,
@@ -301,61 +232,55 @@ class Host:
             pid=os.getpid(),
         )
 
-    def _heartbeat(self) -> Heartbeat:
-        progress = self._backend.progress()
-        if len(progress) > _MAX_PROGRESS:
-            progress = dict(islice(progress.items(), _MAX_PROGRESS))
+    def heartbeat(self, uplink: Uplink) -> Heartbeat:
+        """Called by an uplink."""
+        of, progress = self._attempts.get, self._backend.progress().items()
+        theirs = ((attempt_id, n) for attempt_id, n in progress if of(attempt_id) is uplink)
         return Heartbeat(
             engine_id=self.engine.name,
-            incarnation=self.incarnation,
+            incarnation=uplink.incarnation,
             stats=self._backend.stats(),
-            progress=progress,
+            progress=dict(islice(theirs, _MAX_PROGRESS)),
         )
 
-    # From the daemon.
+    def on_tick(self) -> bool:
+        """Called by an uplink: has any worker been heard of lately?"""
+        silent_s = self._loop.time() - max(uplink.heard_at for uplink in self.uplinks)
+        if self._orphan_s is None or silent_s <= self._orphan_s:
+            return True
+        log.error("%s: no word from %s for %.1f s", self.engine.name, self._address, silent_s)
+        self._leave(EXIT_ORPHANED)
+        return False
 
-    def _on_frames(self, frames: list[bytes]) -> None:
-        try:
-            message = wire.decode_engine(frames[0])
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            log.warning("%s: dropped an unreadable message: %s", self.engine.name, error)
+    def on_run(self, uplink: Uplink, run: Run, payload: bytes) -> None:
+        """Called by an uplink."""
+        attempt_id = run.attempt_id
+        owner = self._attempts.get(attempt_id)
+        if owner is not None:
+            log.warning("%s: attempt %d runs already", self.engine.name, attempt_id)
+            if owner is not uplink:
+                message = "an attempt of another worker has this number"
+                uplink.pass_on(EngineFailed(attempt_id, "engine_error", message, True), None)
             return
-        match message:
-            case Run():
-                if len(frames) == 2:
-                    self._on_run(message, frames[1])
-                else:
-                    log.warning("%s: dropped a run of %d frames", self.engine.name, len(frames))
-            case Abort():
-                if message.attempt_id in self._attempts:
-                    self._attempts.discard(message.attempt_id)
-                    self._backend.cancel(message.attempt_id)
-                    if self._draining and not self._attempts:
-                        self._leave(EXIT_OK)
-            case DaemonBeat():
-                self._on_beat(message)
-            case Shutdown():
-                log.info("%s: told to stop: %s", self.engine.name, message.reason)
-                self.stop(0.0)
-            case _:
-                assert_never(message)
-
-    def _on_event(self, event: int) -> None:
-        if event == zmq.EVENT_DISCONNECTED:
-            self._known = False
-            self._forget("the connection to the daemon broke")
-
-    def _on_run(self, run: Run, payload: bytes) -> None:
-        if run.attempt_id in self._attempts:
-            log.warning("%s: attempt %d runs already", self.engine.name, run.attempt_id)
-            return
-        self._attempts.add(run.attempt_id)
-        if self._draining:
-            self.emit(EngineFailed(run.attempt_id, "engine_lost", "the engine is stopping", True))
+        self._attempts[attempt_id] = uplink
+        uplink.running += 1
+        if self.draining or self.suspended:
+            state = "stopping" if self.draining else "suspended"
+            self.emit(EngineFailed(attempt_id, "engine_lost", f"the engine is {state}", True))
         else:
             self._backend.submit(run, payload)
 
-    def _on_beat(self, beat: DaemonBeat) -> None:
+    def on_abort(self, uplink: Uplink, attempt_id: int) -> None:
+        """Called by an uplink."""
+        if self._attempts.get(attempt_id) is uplink:
+            del self._attempts[attempt_id]
+            uplink.running -= 1
+            self._backend.cancel(attempt_id)
+            if uplink.signed_off and not uplink.running:
+                self._on_idle(uplink)
+
+    def on_beat(self, uplink: Uplink, beat: DaemonBeat) -> bool:
+        """Called by an uplink."""
         if beat.v != PROTOCOL_VERSION:
             log.error(
                 "%s: the daemon speaks protocol %d, this host %d; install the same version",
@@ -364,44 +289,77 @@ class Host:
                 PROTOCOL_VERSION,
             )
             self._leave(EXIT_VERSION)
-            return
-        self._heard_at = self._loop.time()
-        self._set_beat(beat.heartbeat_s)
-        restarted = self._daemon_id not in ("", beat.daemon_id)
-        if self._known and (restarted or not beat.known):
-            self._forget(f"daemon {beat.daemon_id} does not know this engine")
-        was_known, self._known = self._known, beat.known
-        self._daemon_id = beat.daemon_id
-        if was_known and not beat.known and not self._draining:
-            # Sent at once, and from then on by the timer: answers to older heartbeats may follow.
-            self._send(self._registration())
-        if self._outbox:
-            self._flush()
+            return False
+        if beat.worker != uplink.worker:
+            self._on_stranger(uplink, beat)
+            return False
+        self._board.use(beat.board)
+        if uplink.worker == 0 and beat.workers != len(self.uplinks) and not self.draining:
+            self._resize(beat.workers)
+        return True
 
-    def _set_beat(self, beat_s: float) -> None:
-        if beat_s == self._beat_s or not 0.001 <= beat_s <= 3600.0:
-            return
-        self._beat_s = beat_s
-        if self._beat_timer is not None:
-            self._beat_timer.cancel()
-            self._beat_timer = self._loop.call_later(beat_s, self._beat)
+    def on_overflow(self, uplink: Uplink, attempt_id: int) -> None:
+        """Called by an uplink."""
+        self._backend.cancel(attempt_id)
+        uplink.discard(attempt_id)
+        if self._attempts.pop(attempt_id, None) is not None:
+            uplink.running -= 1
+        message = "the daemon did not read the output"
+        uplink.pass_on(EngineFailed(attempt_id, "engine_error", message, True), None)
+        if uplink.signed_off and not uplink.running:
+            self._on_idle(uplink)
 
-    def _forget(self, why: str) -> None:
-        """Begin anew: cancel all attempts, under another incarnation.
-
-        The incarnation matters where the daemon does know this engine, for instance because it
-        answered a heartbeat from before: it runs again what is cancelled here.
-        """
-        self.incarnation = secrets.randbits(48)
-        name, attempts = self.engine.name, len(self._attempts)
-        log.warning("%s: %s; cancelling %d attempts", name, why, attempts)
-        running, self._attempts = self._attempts, set()
-        for attempt_id in running:
+    def on_forgotten(self, uplink: Uplink) -> None:
+        """Called by an uplink: cancel its attempts, and no other's."""
+        for attempt_id in [a for a, owner in self._attempts.items() if owner is uplink]:
+            del self._attempts[attempt_id]
             self._backend.cancel(attempt_id)
-        self._outbox.clear()
-        self._outbox_bytes = 0
-        if self._draining:
+        uplink.running = 0
+        if self.draining and not self._attempts:
             self._leave(EXIT_OK)
+
+    def _on_stranger(self, uplink: Uplink, beat: DaemonBeat) -> None:
+        if uplink.worker == 0:
+            log.error(
+                "%s: %s is the address of worker %d; connect to that of worker 0",
+                self.engine.name,
+                uplink.address,
+                beat.worker,
+            )
+            self._leave(EXIT_NOT_STARTED)
+        elif uplink.address not in self._strangers:
+            self._strangers.add(uplink.address)
+            log.error(
+                "%s: worker %d answers at %s, where worker %d was expected; check its ports",
+                self.engine.name,
+                beat.worker,
+                uplink.address,
+                uplink.worker,
+            )
+
+    def _resize(self, workers: int) -> None:
+        if not 1 <= workers <= wire.MAX_WORKERS:
+            log.error("%s: the daemon says that it has %d workers", self.engine.name, workers)
+            return
+        log.info("%s: the daemon has %d workers", self.engine.name, workers)
+        for uplink in self.uplinks[workers:]:
+            self.on_forgotten(uplink)
+            uplink.sign_off()
+            uplink.close()
+        del self.uplinks[workers:]
+        for worker in range(len(self.uplinks), workers):
+            self._open(worker)
+
+    def _board_values(self) -> Values:
+        stats = self._backend.stats()
+        return (
+            stats.running,
+            stats.waiting,
+            int(1e6 * stats.kv_use),
+            int(stats.tokens_per_s),
+            stats.output_tokens,
+            len(self._attempts),
+        )
 
 
 # As a process.

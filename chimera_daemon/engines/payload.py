@@ -1,4 +1,4 @@
-"""The stage payload as engines read it: an OpenAI chat body as JSON, decoded strictly.
+"""The payload of our own text form as engines read it: a chat body as JSON, decoded strictly.
 
 A field that no engine would honour is refused instead of ignored, so that nobody samples with
 settings other than those asked for.
@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from chimera_daemon.messages import Completion, Delta
+from chimera_daemon.messages import Completion, Delta, Streamed
 
 
 class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,3 +88,8 @@ def encode_delta(text: str) -> bytes:
 def encode_completion(text: str) -> bytes:
     """Payload of an answer."""
     return _encode(Completion(text))
+
+
+def encode_streamed(chunks: int) -> bytes:
+    """Payload of the answer to a stream in one of OpenAI's forms."""
+    return _encode(Streamed(chunks))

@@ -1,7 +1,8 @@
-"""Runs attempts on vLLM's `AsyncLLM`, in this process. The only file that imports vLLM, in `start`.
+"""Runs attempts on vLLM's `AsyncLLM`, in this process; vllm_openai.py has OpenAI's two forms.
 
-Works with stock vLLM on a GPU and with its CPU build. Nothing of vLLM is changed, and the one thing
-that is not public in it (`progress`) is only read.
+vLLM is imported when the engine starts, by these two files only. Works with stock vLLM on a GPU and
+with its CPU build. Nothing of vLLM is changed, and the one thing that is not public in it
+(`progress`) is only read.
 """
 
 import asyncio
@@ -29,6 +30,7 @@ from chimera_daemon.engines.payload import (
 )
 from chimera_daemon.engines.profiling import measure
 from chimera_daemon.engines.rate import Rate
+from chimera_daemon.engines.vllm_openai import OpenaiServing, Options, ServingError
 from chimera_daemon.messages import (
     EngineChunk,
     EngineFailed,
@@ -61,12 +63,13 @@ _SAMPLING_FIELDS = (
 
 
 class VllmBackend:
-    """See the head of this file. ``engine.args`` are vLLM's `AsyncEngineArgs`."""
+    """See the head of this file. ``engine.args`` are the options of vLLM's server but for HTTP."""
 
     def __init__(self, engine: EngineConfig) -> None:
         self._engine = engine
         self._llm: Any = None
         self._vllm: _Vllm
+        self._serving: OpenaiServing
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._statistics = _Statistics()
         self._rate = Rate()
@@ -81,8 +84,9 @@ class VllmBackend:
         self._events = events
         self._check_path()
         self._vllm = _Vllm()
+        options = Options(self._engine.name, self._engine.args)
         with _environment_kept():
-            self._llm = self._load()
+            self._llm, server_args = self._load(options)
         config = self._llm.vllm_config
         self._context_tokens: int = config.model_config.max_model_len
         self._vocabulary: int = config.model_config.get_vocab_size()
@@ -90,10 +94,14 @@ class VllmBackend:
         self._sampling.pop("max_tokens", None)
         max_inflight: int = config.scheduler_config.max_num_seqs
         self._tokenizer: Any = self._llm.get_tokenizer()
+        self._template = options.text_template
         self._check_chat_template()
         self._tokenizer_of_thread: Any = copy.deepcopy(self._tokenizer)  # it is not thread-safe
         await self._llm.collective_rpc("chimera_follow_host", args=(os.getpid(),))
+        self._serving = await OpenaiServing.build(self._llm, server_args, self._engine.model)
         loaded = time.monotonic()
+        if self._engine.logprobs:
+            await self._generate_random(1, 2, 2, logprobs=0)  # vLLM compiles something for them
         profile = await measure(
             self._generate_random, context_tokens=self._context_tokens, max_inflight=max_inflight
         )
@@ -139,7 +147,8 @@ class VllmBackend:
                 "`path` must be a folder in Hugging Face format or a model id"
             )
 
-    def _load(self) -> Any:
+    def _load(self, options: Options) -> tuple[Any, Any]:
+        """The engine, and the arguments of vLLM's server for it."""
         arguments: dict[str, Any] = {
             "model": self._engine.path,
             "scheduling_policy": "priority",
@@ -148,19 +157,21 @@ class VllmBackend:
             "worker_extension_cls": f"{Lifeline.__module__}.{Lifeline.__qualname__}",
         }
         if self._vllm.on_cpu:
-            arguments.update(_cpu_arguments(self._engine.args))
-        arguments.update(self._engine.args)
+            arguments.update(_cpu_arguments(options.engine))
+        arguments.update(options.engine)
         try:
             parsed = self._vllm.engine_args(**arguments)
             config = parsed.create_engine_config(self._vllm.usage_context)
-        except (TypeError, ValueError, OSError) as error:  # pydantic's is a ValueError
+        except (self._vllm.client_error, TypeError, ValueError, KeyError, OSError) as error:
             raise EngineStartError(
                 f"engine `{self._engine.name}`: vLLM refuses model {self._engine.path} with `args` "
                 f"{self._engine.args}: {error}"
             ) from error
-        return self._vllm.async_llm.from_vllm_config(
+        server_args = options.of_server(parsed, config, self._engine.model)
+        llm = self._vllm.async_llm.from_vllm_config(
             config, disable_log_stats=True, stat_loggers=[self._statistics.factory]
         )
+        return llm, server_args
 
     def _check_chat_template(self) -> None:
         try:
@@ -171,7 +182,9 @@ class VllmBackend:
                 f"used; put a chat_template.jinja beside the model: {error}"
             ) from error
 
-    async def _generate_random(self, sequences: int, prompt: int, output: int) -> None:
+    async def _generate_random(
+        self, sequences: int, prompt: int, output: int, logprobs: int | None = None
+    ) -> None:
         """A batch whose prompts share nothing, so that the prefix cache cannot help."""
 
         async def one() -> None:
@@ -181,6 +194,7 @@ class VllmBackend:
                 temperature=0.0,
                 ignore_eos=True,
                 detokenize=False,
+                logprobs=logprobs,
                 output_kind=self._vllm.kinds.FINAL_ONLY,
             )
             name = f"warm-up-{random.getrandbits(64)}"
@@ -213,14 +227,22 @@ class VllmBackend:
     async def _attempt(self, attempt: Run, payload: bytes) -> None:
         attempt_id = attempt.attempt_id
         try:
-            body = decode_body(payload)
-            tokens = await self._prompt(body, len(payload))
-            sampling = self._sampling_params(attempt, body, len(tokens))
-            await self._generate(attempt, tokens, sampling)
+            if attempt.api == "text":
+                body = decode_body(payload)
+                tokens = await self._prompt(body, len(payload))
+                sampling = self._sampling_params(attempt, body, len(tokens))
+                await self._generate(attempt, tokens, sampling)
+            else:
+                await self._serve(attempt, payload)
         except PayloadError as error:
             self._fail(attempt_id, "bad_request", str(error), retryable=False)
         except self._vllm.dead_error:
             self._lost(attempt_id)
+        except ServingError as error:
+            if self._llm.errored:
+                self._lost(attempt_id)
+            else:
+                self._fail(attempt_id, "engine_error", str(error), retryable=True)
         except (self._vllm.client_error, ValueError) as error:
             self._fail(attempt_id, "bad_request", f"vLLM refused it: {error}", retryable=False)
         except Exception as error:
@@ -259,6 +281,18 @@ class VllmBackend:
         finished = EngineFinished(attempt_id, usage, finish_reason, mean)
         self._events.emit(finished, encode_completion(text))
 
+    async def _serve(self, attempt: Run, payload: bytes) -> None:
+        attempt_id = attempt.attempt_id
+
+        def emit(offset: int, chunk: bytes) -> None:
+            self._events.emit(EngineChunk(attempt_id, offset), chunk)
+
+        logprobs = attempt.logprobs and self._engine.logprobs
+        answer = await self._serving.run(attempt, payload, logprobs=logprobs, emit=emit)
+        mean = _mean_logprob(answer.logprob, answer.usage.output_tokens)
+        finished = EngineFinished(attempt_id, answer.usage, answer.finish_reason, mean)
+        self._events.emit(finished, answer.payload)
+
     async def _prompt(self, body: ChatBody, payload_bytes: int) -> list[int]:
         """Tokens of the conversation with the header of the answer."""
         messages = [{"role": m.role, "content": m.text} for m in body.messages]
@@ -274,7 +308,11 @@ class VllmBackend:
     def _tokenise(self, tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
         return list(
             tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+                messages,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                **self._template,
             )
         )
 
@@ -324,8 +362,13 @@ class VllmBackend:
         states: dict[str, Any] = getattr(self._llm.output_processor, "request_states", {})
         found: dict[int, int] = {}
         for state in states.values():
-            if state.external_req_id.isdecimal() and state.detokenizer is not None:
-                found[int(state.external_req_id)] = state.detokenizer.num_output_tokens()
+            name: str = state.external_req_id
+            attempt_id = int(name) if name.isdecimal() else -1
+            # vLLM may still know of one that has ended.
+            if attempt_id in self._tasks and state.detokenizer is not None:
+                # An attempt in one of OpenAI's forms may be several of vLLM's requests.
+                tokens = state.detokenizer.num_output_tokens()
+                found[attempt_id] = found.get(attempt_id, 0) + tokens
         return found
 
 

@@ -12,6 +12,7 @@ from chimera_daemon import daemon as daemon_module
 from chimera_daemon.client import SlowReader
 from chimera_daemon.config import Config
 from chimera_daemon.messages import (
+    Chunk,
     DaemonBeat,
     EngineChunk,
     EngineFinished,
@@ -23,7 +24,7 @@ from chimera_daemon.messages import (
     Usage,
 )
 from chimera_daemon.prior import Deliver, PriorPredictor
-from chimera_daemon.wire import encode
+from chimera_daemon.wire import decode_client, encode
 from tests.daemon.harness import REGISTER, WAIT_S, World, body, run, until
 
 SLOW = {"step_s": 0.02, "reply_tokens": (1000, 1000)}
@@ -127,13 +128,12 @@ class Deaf:
         await until(lambda: self._socket.poll(0, zmq.POLLOUT))
         self._socket.send_multipart(frames)
 
-    def drain(self) -> int:
+    def drain(self) -> list[list[bytes]]:
         """Read all that is there at last."""
-        count = 0
+        messages: list[list[bytes]] = []
         while self._socket.poll(200):
-            self._socket.recv_multipart()
-            count += 1
-        return count
+            messages.append(self._socket.recv_multipart())
+        return messages
 
     def close(self) -> None:
         self._socket.close()
@@ -213,13 +213,49 @@ def test_chunks_for_a_client_that_never_reads_are_dropped(tmp_path: Path) -> Non
                     host.say(EngineChunk(started.attempt_id, number), b"x" * 1000)
                 host.say(EngineFinished(started.attempt_id, Usage(1, 1), "stop"), b"{}")
                 await until(lambda: world.counter("completed"))
-                assert world.daemon.counters["chunks_dropped"]
+                assert world.daemon.chunks_dropped
                 (client,) = world.daemon._clients.values()
                 assert len(client.outbox) <= 1
                 # Whoever reads again gets what was held, without asking.
                 await until(lambda: deaf.drain() and not client.outbox)
                 await world.join("e", "m")
                 world.check_empty()
+            finally:
+                deaf.close()
+
+    run(test())
+
+
+def test_chunks_in_openai_form_wait_in_order_or_the_client_is_cut(tmp_path: Path) -> None:
+    """Nothing else has their text: a reader gets all of them in order, or an error."""
+
+    async def test() -> None:
+        async with World(tmp_path, send_hwm=1200) as world:
+            host = world.raw_host()
+            host.register()
+            await until(lambda: world.daemon.engines_of())
+            deaf = Deaf(world.config.front)
+            try:
+                await deaf.send(encode(Submit("r", "w", stream=True, api="chat")), body())
+                (started,) = await host.runs()
+                for number in range(2000):
+                    host.say(EngineChunk(started.attempt_id, number), b"x" * 2000)
+                host.say(EngineFinished(started.attempt_id, Usage(1, 1), "stop"), b"{}")
+                await until(lambda: world.counter("completed"))
+                (client,) = world.daemon._clients.values()
+                assert client.outbox
+                assert not world.daemon.chunks_dropped
+                seen: list[int] = []
+
+                def all_read() -> bool:
+                    for frames in deaf.drain():
+                        message = decode_client(frames[0])
+                        if isinstance(message, Chunk):
+                            seen.append(message.offset)
+                    return len(seen) == 2000
+
+                await until(all_read)
+                assert seen == list(range(2000))
             finally:
                 deaf.close()
 

@@ -15,13 +15,14 @@ from chimera_daemon.engines.host import Host
 from chimera_daemon.engines.vllm import VllmBackend
 from chimera_daemon.messages import EngineFailed, EngineStats, Run
 from tests.engines.fake_daemon import WAIT_S, FakeDaemon
-from tests.engines.tiny_model import write_tiny_model
+from tests.engines.tiny_model import TEMPLATE, write_tiny_model
 
 T = TypeVar("T")
 TEST_S = 60.0
 
-# What vLLM's own imports warn of.
+# What vLLM's own imports warn of, and its chat form of a field that it has marked as deprecated.
 VLLM_WARNINGS = (
+    "ignore:max_tokens is deprecated:DeprecationWarning",
     "ignore:`torch.jit.script:DeprecationWarning",
     "ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning",
 )
@@ -74,6 +75,14 @@ class Sink:
     def emit(self, message: Any, payload: bytes | None = None) -> None:
         if self.events is not None:
             self.events.emit(message, payload)
+
+    def suspend(self, reason: str) -> None:
+        if self.events is not None:
+            self.events.suspend(reason)
+
+    def resume(self, info: BackendInfo) -> None:
+        if self.events is not None:
+            self.events.resume(info)
 
     def died(self, reason: str) -> None:
         if self.events is not None:
@@ -147,7 +156,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def vllm_real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     """One real engine for all tests that want it: its start takes many seconds."""
-    args = {"enforce_eager": True, "max_num_seqs": 4, "kv_cache_memory_bytes": 64 << 20}
+    args = {
+        "enforce_eager": True,
+        "max_num_seqs": 4,
+        "kv_cache_memory_bytes": 64 << 20,
+        "enable_auto_tool_choice": True,
+        "tool_call_parser": "hermes",
+        "chat_template": "{{ greeting }}" + TEMPLATE,
+        "default_chat_template_kwargs": {"greeting": "yo"},
+    }
     engine = EngineConfig(name="vllm-1", model="tiny", path=str(tiny_model), args=args)
     with asyncio.Runner() as runner:
         rig = Rig(engine, runner, tmp_path_factory.mktemp("vllm"))

@@ -71,8 +71,11 @@ class Attempt:
 class FakeDaemon:
     """Binds, answers every registration and heartbeat, and keeps what it is told."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, worker: int = 0, workers: int = 1) -> None:
         self.address = address
+        self.worker = worker
+        self.workers = workers
+        self.board = ""
         self.daemon_id = "daemon-1"
         self.heartbeat_s = 0.02
         self.logprobs = False
@@ -84,7 +87,7 @@ class FakeDaemon:
         self.attempts: dict[int, Attempt] = {}
         self.known: set[bytes] = set()
         self.identity = b""
-        self._next = 0
+        self._next = worker
         self._context: zmq.Context[Any] | None = None
 
     def start(self) -> None:
@@ -125,7 +128,7 @@ class FakeDaemon:
         priority: int = 0,
         attempt_id: int | None = None,
     ) -> Attempt:
-        self._next += 1
+        self._next += self.workers
         attempt = Attempt(self._next if attempt_id is None else attempt_id)
         self.attempts[attempt.attempt_id] = attempt
         run = Run(attempt.attempt_id, priority, max_tokens, stream, self.logprobs)
@@ -171,7 +174,14 @@ class FakeDaemon:
         return self.attempts.setdefault(attempt_id, Attempt(attempt_id))
 
     def _answer(self, identity: bytes) -> None:
-        beat = DaemonBeat(self.daemon_id, identity in self.known, self.heartbeat_s)
+        beat = DaemonBeat(
+            self.daemon_id,
+            identity in self.known,
+            self.heartbeat_s,
+            worker=self.worker,
+            workers=self.workers,
+            board=self.board,
+        )
         if self.version is not None:
             beat = msgspec.structs.replace(beat, v=self.version)
         self._channel.send([identity, wire.encode(beat)])

@@ -8,9 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chimera_daemon.config import EngineConfig
-from chimera_daemon.engines.backend import AttemptEvent, EngineStartError
+from chimera_daemon.engines.backend import AttemptEvent, BackendInfo, EngineStartError
 from chimera_daemon.engines.echo import EchoBackend, EchoOptions
-from chimera_daemon.messages import Completion, EngineChunk, EngineFailed, EngineFinished, Run
+from chimera_daemon.messages import (
+    Completion,
+    EngineChunk,
+    EngineFailed,
+    EngineFinished,
+    Run,
+    Usage,
+)
 
 
 class ManualTimer:
@@ -52,6 +59,12 @@ class Recorder:
         self.events.append((message, payload))
         if self.on_emit is not None:
             self.on_emit(message)
+
+    def suspend(self, reason: str) -> None:
+        raise AssertionError(reason)
+
+    def resume(self, info: BackendInfo) -> None:
+        raise AssertionError(info)
 
     def died(self, reason: str) -> None:
         raise AssertionError(reason)
@@ -176,6 +189,98 @@ def test_usage_counts_the_words(reply: int, max_tokens: int, text: str) -> None:
     assert not rest
     words = msgspec.json.decode(payload, type=Completion).text.split()
     assert len(words) == finished.usage.output_tokens == min(reply, max_tokens)
+    assert finished.finish_reason == ("stop" if reply <= max_tokens else "length")
+
+
+def openai(**body: object) -> bytes:
+    return json.dumps({"messages": [{"role": "user", "content": "hello"}], **body}).encode()
+
+
+def test_a_chunk_per_token_and_choice() -> None:
+    backend, clock, events = started(EchoOptions(step_s=1.0, reply_tokens=(3, 3)))
+    payload = openai(n=2, stream_options={"include_usage": True}, unknown_field=[1])
+    backend.submit(Run(1, 0, 99, True, api="chat"), payload)
+    clock.run_until(2.0)
+    assert events.of(EngineChunk) == [1] * 4
+    assert backend.progress() == {1: 4}
+    clock.run_until(3.0)
+    *chunks, (finished, streamed) = events.events
+    assert finished == EngineFinished(1, Usage(2, 6), "stop")
+    assert streamed == b'{"chunks":7}'
+    seen = [json.loads(payload or b"") for _, payload in chunks]
+    assert [m.offset for m, _ in chunks if isinstance(m, EngineChunk)] == list(range(7))
+    assert [c["choices"][0]["index"] for c in seen[:-1]] == [0, 1] * 3
+    assert [c["choices"][0]["delta"].get("role") for c in seen[:3]] == ["assistant"] * 2 + [None]
+    assert [c["choices"][0]["finish_reason"] for c in seen[:-1]] == [None] * 4 + ["stop"] * 2
+    assert seen[-1]["choices"] == []
+    assert seen[-1]["usage"] == {"prompt_tokens": 2, "completion_tokens": 6, "total_tokens": 8}
+
+
+def test_cancelled_between_the_choices_of_a_step() -> None:
+    backend, clock, events = started(EchoOptions(step_s=1.0, reply_tokens=(9, 9)))
+    backend.submit(Run(1, 0, 99, True, api="completions"), b'{"prompt":["a","b","c"]}')
+    events.on_emit = lambda _: backend.cancel(1)
+    clock.run_until(5.0)
+    assert len(events.events) == 1
+    assert backend.progress() == {}
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"prompt": ["x"] * 600, "n": 2}, "1200 choices; at most 1024"),
+        ({"prompt": []}, "$.prompt"),
+        ({"prompt": ["x"], "n": 0}, "$.n"),
+        ({"messages": [], "prompt": "x", "max_tokens": 1.5}, "max_tokens"),
+    ],
+)
+def test_what_completions_refuse(body: dict[str, object], says: str) -> None:
+    backend, _, events = started(EchoOptions())
+    backend.submit(Run(1, 0, 9, False, api="completions"), json.dumps(body).encode())
+    ((failed, _),) = events.events
+    assert isinstance(failed, EngineFailed)
+    assert failed.code == "bad_request"
+    assert says in failed.message
+
+
+def test_an_odd_tool_choice_is_refused() -> None:
+    backend, _, events = started(EchoOptions())
+    backend.submit(Run(1, 0, 9, False, api="chat"), openai(tool_choice="maybe"))
+    ((failed, _),) = events.events
+    assert isinstance(failed, EngineFailed)
+    assert "auto, none, required or a tool" in failed.message
+
+
+def test_names_are_escaped() -> None:
+    name = 'a "quoted" \\ name'
+    engine = EngineConfig(name="e", model=name, kind="echo")
+    backend, events = EchoBackend.from_config(engine), Recorder()
+    backend._clock = ManualClock()
+    with pytest.raises(StopIteration):
+        backend.start(events).send(None)
+    tools = [{"type": "function", "function": {"name": name}}]
+    backend.submit(Run(1, 0, 9, False, api="chat"), openai(tools=tools, tool_choice="required"))
+    answer = json.loads(events.events[0][1] or b"")
+    assert answer["model"] == name
+    (choice,) = answer["choices"]
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": name, "arguments": "{}"}
+    assert choice["finish_reason"] == "tool_calls"
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 4), st.booleans())
+def test_usage_counts_the_words_of_all_choices(
+    reply: int, max_tokens: int, n: int, stream: bool
+) -> None:
+    backend, _, events = started(EchoOptions(reply_tokens=(reply, reply)))
+    payload = openai(max_completion_tokens=max_tokens, max_tokens=1, n=n)
+    backend.submit(Run(1, 0, 1, stream, api="chat"), payload)
+    *chunks, (finished, last) = events.events
+    assert isinstance(finished, EngineFinished)
+    objects = [json.loads(payload or b"") for _, payload in chunks] or [json.loads(last or b"")]
+    said = [c.get("delta") or c["message"] for o in objects for c in o["choices"]]
+    words = [len(part["content"].split()) for part in said]
+    assert words == [min(reply, max_tokens)] * n
+    assert finished.usage.output_tokens == sum(words)
     assert finished.finish_reason == ("stop" if reply <= max_tokens else "length")
 
 

@@ -5,7 +5,8 @@ import asyncio
 import pytest
 
 from chimera_daemon import wire
-from chimera_daemon.engines import host as host_module
+from chimera_daemon.channel import Frames, Sent
+from chimera_daemon.engines import uplink as uplink_module
 from chimera_daemon.engines.echo import EchoBackend
 from chimera_daemon.engines.host import (
     EXIT_ENGINE_DIED,
@@ -69,20 +70,19 @@ def test_same_attempt_twice_runs_once(echo_clock: Rig) -> None:
 
 def test_daemon_that_stops_reading(echo_now: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the bound an attempt is given up, with one failure; the order of the rest is kept."""
-    monkeypatch.setattr(host_module, "_OUTBOX_MESSAGES", 10)
+    monkeypatch.setattr(uplink_module, "_OUTBOX_MESSAGES", 10)
 
     async def test(daemon: FakeDaemon, host: Host) -> None:
-        taken: list[tuple[bytes, ...]] = []
+        uplink = host.uplinks[0]
         open_again = False
-        real = host._put
+        real = uplink._channel._try_send
 
-        def put(frames: tuple[bytes, ...]) -> bool:
-            taken.append(frames)
-            return open_again and real(frames)
+        def try_send(frames: Frames) -> Sent:
+            return real(frames) if open_again else Sent.FULL
 
-        monkeypatch.setattr(host, "_put", put)
+        monkeypatch.setattr(uplink._channel, "_try_send", try_send)
         attempts = [daemon.submit(chat(str(i)), 5) for i in range(30)]
-        await until(lambda: len(host._outbox) == 30, "thirty answers waiting")
+        await until(lambda: len(uplink._outbox) == 30, "thirty answers waiting")
         open_again = True
         for attempt in attempts[:10]:
             await attempt.finished()
@@ -90,8 +90,8 @@ def test_daemon_that_stops_reading(echo_now: Rig, monkeypatch: pytest.MonkeyPatc
             failed = await attempt.failed()
             assert failed.retryable
         assert daemon.order == [a.attempt_id for a in attempts]
-        assert host._outbox_bytes == 0
-        assert not host._outbox
+        assert uplink._outbox_bytes == 0
+        assert not uplink._outbox
 
     echo_now.run(test)
 
@@ -99,17 +99,20 @@ def test_daemon_that_stops_reading(echo_now: Rig, monkeypatch: pytest.MonkeyPatc
 def test_stream_that_is_not_read_is_cancelled(
     echo_clock: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_module, "_OUTBOX_BYTES", 2000)
+    monkeypatch.setattr(uplink_module, "_OUTBOX_BYTES", 2000)
 
     async def test(daemon: FakeDaemon, host: Host) -> None:
         closed = True
-        real = host._put
-        monkeypatch.setattr(host, "_put", lambda frames: not closed and real(frames))
+        uplink = host.uplinks[0]
+        real = uplink._channel._try_send
+        monkeypatch.setattr(
+            uplink._channel, "_try_send", lambda frames: Sent.FULL if closed else real(frames)
+        )
         # Sent by hand: heartbeats do not pass either.
         attempt = daemon.submit(chat("x"), 1500, stream=True)
         await until(lambda: host.running == 1)
         await until(lambda: host.running == 0, "giving it up")
-        assert len(host._outbox) == 1
+        await until(lambda: len(uplink._outbox) == 1, "its failure waiting")
         closed = False
         failed = await attempt.failed()
         assert failed.code == "engine_error"

@@ -1,9 +1,12 @@
 """How vLLM refuses to start; what it does once it has started is in test_conformance."""
 
 import asyncio
+import json
 import math
 import os
+import re
 import sys
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,9 @@ import pytest
 
 from chimera_daemon.config import EngineConfig
 from chimera_daemon.engines.backend import EngineStartError
+from chimera_daemon.engines.payload import PayloadError
 from chimera_daemon.engines.vllm import VllmBackend, _mean_logprob
+from chimera_daemon.engines.vllm_openai import ServingError, _relay
 from chimera_daemon.messages import EngineFinished, Usage
 from chimera_daemon.wire import decode_back, encode
 from tests.engines.conftest import VLLM_WARNINGS, Sink
@@ -65,6 +70,57 @@ def test_mean_logprob(total: float | None, tokens: int, mean: float | None) -> N
     assert _mean_logprob(total, tokens) == mean
     finished = EngineFinished(1, Usage(1, tokens), "stop", mean)
     assert decode_back(encode(finished)) == finished
+
+
+def relay(*events: str) -> list[tuple[int, bytes]]:
+    chunks: list[tuple[int, bytes]] = []
+
+    async def stream() -> AsyncGenerator[str]:
+        for event in events:
+            yield f"data: {event}\n\n"
+
+    async def run() -> int:
+        return await _relay(stream(), lambda offset, chunk: chunks.append((offset, chunk)))
+
+    assert asyncio.run(run()) == len(chunks)
+    return chunks
+
+
+def test_chunks_of_a_stream() -> None:
+    assert relay('{"id":"é"}', '{"id":2}', "[DONE]") == [
+        (0, '{"id":"é"}'.encode()),
+        (1, b'{"id":2}'),
+    ]
+    assert relay("[DONE]") == []
+
+
+@pytest.mark.parametrize(
+    ("status", "raises"),
+    [(400, PayloadError), (404, PayloadError), (429, ServingError), (500, ServingError)],
+)
+def test_error_in_a_stream(status: int, raises: type[Exception]) -> None:
+    error = json.dumps({"error": {"message": "no such grammar", "code": status}})
+    with pytest.raises(raises, match="no such grammar"):
+        relay('{"id":1}', error, "[DONE]")
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ({"tool_call_parsr": "hermes"}, "did you mean `tool_call_parser`"),
+        ({"tool-call-parser": "hermes"}, "did you mean `tool_call_parser`"),
+        ({"port": 8000}, "no argument `port`"),  # there is no HTTP in here
+        ({"enable_auto_tool_choice": 7}, "enable_auto_tool_choice"),
+        ({"enable_auto_tool_choice": True}, "requires --tool-call-parser"),
+        ({"enable_auto_tool_choice": True, "tool_call_parser": "x"}, "invalid tool call parser: x"),
+        ({"reasoning_parser": "x"}, "Reasoning parser 'x' not found"),
+        ({"chat_template": "/nowhere.jinja"}, "nowhere.jinja"),
+        ({"chat_template_content_format": "odd"}, "chat_template_content_format"),
+    ],
+)
+def test_refused_options_of_the_server(tiny_model: Path, args: dict[str, Any], says: str) -> None:
+    assert re.search(says, refusal(tiny_model, **args))
 
 
 @pytest.mark.vllm

@@ -7,6 +7,10 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<im>assistant\n{% endif %}"
 )
 CONTEXT = 2048
+_SPECIAL = ("<pad>", "<eos>", "<im>")
+# In the order of the byte tokenizer's alphabet: first those that are printed as they are.
+_PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
+_BYTES = (*_PRINTED, *(byte for byte in range(256) if byte not in _PRINTED))
 
 
 def write_tiny_model(folder: Path) -> Path:
@@ -43,7 +47,7 @@ def _write_tokenizer(folder: Path) -> int:
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<im>", *alphabet])}
+    vocabulary = {token: i for i, token in enumerate([*_SPECIAL, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -56,3 +60,8 @@ def _write_tokenizer(folder: Path) -> int:
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
     return len(vocabulary)
+
+
+def byte_tokens(text: str) -> list[int]:
+    """Tokens of the tiny model for a text, one for each byte."""
+    return [len(_SPECIAL) + _BYTES.index(byte) for byte in text.encode()]
