@@ -80,6 +80,7 @@ class Channel:
         self._to_one = socket.type != zmq.ROUTER
         self._posted: list[tuple[Frames, bool]] = []
         self.dropped = 0
+        self._alone = True  # there was no more than one message the last time
         self._loop = asyncio.get_running_loop()
         self._fd: int = socket.getsockopt(zmq.FD)  # pyright: ignore[reportAttributeAccessIssue]
         self._scheduled = False
@@ -181,18 +182,23 @@ class Channel:
     def _read(self) -> bool:
         """Take what is there; True if there may be more."""
         receive = self._receive
-        for _ in range(_BATCH):
+        for taken in range(_BATCH):
             if self._closed:
+                return False
+            # `Again` costs three times as much as asking, which pays where messages come alone.
+            if taken == 1 and self._alone and not self._events() & _POLLIN:
                 return False
             try:
                 frame = receive(_NOBLOCK, False)
             except zmq.Again:
+                self._alone = taken < 2
                 return False
             frames = [frame.bytes]
             while frame.more:
                 frame = receive(_NOBLOCK, False)
                 frames.append(frame.bytes)
             self._on_frames(frames)
+        self._alone = False
         return True
 
 

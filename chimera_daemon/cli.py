@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from chimera_daemon import __version__, config, policy, wire
+from chimera_daemon import __version__, config, policy, processes, wire
 
 EXIT_USAGE = 2
 EXIT_FAILED = 1
@@ -23,9 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, unknown = parser.parse_known_args(argv)
     if unknown and not arguments.unavailable:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    log_as = arguments.log_as.format_map(vars(arguments))
     logging.basicConfig(
         level=arguments.log_level.upper(),
-        format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
+        format=f"%(asctime)s %(levelname).1s {log_as}%(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
     try:
@@ -54,11 +55,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=("debug", "info", "warning", "error"),
         help="what is written to standard error (default: info)",
     )
-    parser.set_defaults(unavailable=False, extra=None)
+    parser.set_defaults(unavailable=False, extra=None, log_as="")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_up(commands)
     _add_daemon(commands)
+    _add_gateway(commands)
     _add_engine(commands)
+    _add_worker(commands)
     _add_status(commands)
     _add_learning(commands)
     _add_demo(commands)
@@ -88,9 +91,10 @@ def _with_advice(error: ImportError, extra: str) -> str:
 def _add_up(commands: Any) -> None:
     parser = commands.add_parser(
         "up",
-        help="start the daemon and the engines of a TOML file (without one: the testbed)",
-        description="Start the daemon and all engines of a TOML file and keep them alive until "
-        "SIGTERM or Ctrl-C, which drain first. Without a file: the testbed of tiny models.",
+        help="start daemon, gateway and engines of a TOML file (without one: the testbed)",
+        description="Start the daemon, the OpenAI gateway and all engines of a TOML file and keep "
+        "them alive until SIGTERM or Ctrl-C, which drain first. Without a file: the testbed of "
+        "tiny models.",
     )
     parser.add_argument("config", nargs="?", type=Path, help="TOML file; see docs/architecture.md")
     _daemon_options(parser)
@@ -100,10 +104,12 @@ def _add_up(commands: Any) -> None:
 def _add_daemon(commands: Any) -> None:
     parser = commands.add_parser(
         "daemon",
-        help="start the daemon alone; engines join by themselves (`chimera engine`)",
-        description="Start the daemon alone. Engine hosts that were started elsewhere join it.",
+        help="start the daemon alone; engines and gateways join by themselves",
+        description="Start the daemon alone. Engine hosts and gateways that were started elsewhere "
+        "(`chimera engine`, `chimera gateway`) join it.",
     )
-    parser.add_argument("config", nargs="?", type=Path, help="TOML file; its engines are ignored")
+    parser.add_argument("config", nargs="?", type=Path,
+                        help="TOML file; its engines and gateway are ignored")  # fmt: skip
     _daemon_options(parser)
     parser.set_defaults(run=_up, engines=False)
 
@@ -140,6 +146,7 @@ def _up(arguments: argparse.Namespace) -> int:
     }
     if not arguments.engines:
         given["engines"] = ()
+        given["gateway"] = msgspec.structs.replace(chosen.gateway, processes=0)
     paths = {
         name: str(path.absolute())
         for name in ("bundle", "record")
@@ -160,6 +167,94 @@ def _testbed_config() -> config.Config:
     return config.load(Path(testbed.__file__).with_name("testbed.toml"))
 
 
+def _add_gateway(commands: Any) -> None:
+    defaults = config.Config()
+    parser = commands.add_parser(
+        "gateway",
+        help="start an OpenAI-compatible HTTP front door of a daemon that runs",
+        description="Serve the OpenAI API over HTTP as a client of a daemon, until SIGTERM. "
+        "`chimera up` starts this by itself, as [gateway] of its TOML file says.",
+    )
+    parser.add_argument("--listen", metavar="HOST:PORT",
+                        help=f"default: {defaults.gateway.listen}")  # fmt: skip
+    parser.add_argument("--connect", default=defaults.front, metavar="ADDRESS",
+                        help="the daemon's front address (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--processes", type=int, metavar="N",
+                        help="gateways on this one port (default: 1)")  # fmt: skip
+    parser.add_argument("--spec", help="all of it as one JSON object, like the table `gateway`")
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+    parser.set_defaults(run=_gateway, extra="gateway")
+
+
+def _gateway(arguments: argparse.Namespace) -> int:
+    gateway = _gateway_config(arguments)
+    try:
+        address = wire.check_address(arguments.connect)
+    except ValueError as error:
+        raise config.ConfigError(f"--connect: {error}") from error
+    if arguments.parent is None and gateway.processes > 1:
+        from chimera_daemon.serve import serve_gateways
+
+        return serve_gateways(gateway, address)
+    from chimera_daemon.gateway import run_gateway
+
+    if arguments.parent is not None:
+        processes.die_with(arguments.parent)
+    return run_gateway(gateway, address, reuse_port=gateway.processes > 1)
+
+
+def _gateway_config(arguments: argparse.Namespace) -> config.GatewayConfig:
+    given = {
+        name: value
+        for name in ("listen", "processes")
+        if (value := getattr(arguments, name)) is not None
+    }
+    try:
+        gateway = msgspec.convert(_spec(arguments.spec or "{}"), config.GatewayConfig)
+        gateway = msgspec.convert(msgspec.structs.asdict(gateway) | given, config.GatewayConfig)
+    except msgspec.ValidationError as error:
+        raise config.ConfigError(f"gateway: {error}") from error
+    if gateway.processes == 0:
+        raise config.ConfigError("--processes: write how many gateways to start, 1 or more")
+    config.listen_address(gateway.listen)
+    return gateway
+
+
+def _add_worker(commands: Any) -> None:
+    """Not listed in the help: the daemon itself calls it."""
+    parser = commands.add_parser(
+        "worker",
+        description="One of the other workers of a daemon with `workers` above 1, which starts "
+        "them by itself.",
+    )
+    parser.add_argument("--index", type=int, required=True, help="which worker: 1 or more")
+    parser.add_argument("--spec", required=True, help="the configuration as JSON")
+    parser.add_argument("--board", help="path of the congestion board")
+    parser.add_argument("--parent", type=int, required=True,
+                        help="process id of the daemon, with which this one ends")  # fmt: skip
+    parser.set_defaults(run=_worker, log_as="worker {index} ")
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    from chimera_daemon.serve import serve
+
+    processes.die_with(arguments.parent)
+    try:
+        chosen = msgspec.convert(_spec(arguments.spec), config.Config)
+    except msgspec.ValidationError as error:
+        raise config.ConfigError(f"worker: {error}") from error
+    if not 0 < arguments.index < chosen.workers:
+        raise config.ConfigError(f"--index {arguments.index}: there are {chosen.workers} workers")
+    return serve(chosen, worker=arguments.index, board=arguments.board)
+
+
+def _spec(text: str) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        raise config.ConfigError(f"--spec is not JSON: {error}") from error
+
+
 def _add_engine(commands: Any) -> None:
     parser = commands.add_parser(
         "engine",
@@ -171,8 +266,11 @@ def _add_engine(commands: Any) -> None:
                         help="the daemon's back address (default: %(default)s)")  # fmt: skip
     parser.add_argument("--model", help="the model's name as clients see it")
     parser.add_argument("--path", help="checkpoint folder or Hugging Face id")
+    parser.add_argument("--url", help="of --kind openai: the server, such as http://HOST:8000/v1")
     parser.add_argument("--name", help="unique name of this engine (default: the model's name)")
-    parser.add_argument("--kind", choices=("vllm", "echo"), default="vllm", help="default: vllm")
+    parser.add_argument("--kind", choices=("vllm", "openai", "echo"), default="vllm",
+                        help="openai: pass on to a server that speaks OpenAI's API "
+                        "(default: vllm)")  # fmt: skip
     parser.add_argument("--max-inflight", type=int, help="default: what the engine can run at once")
     parser.add_argument("--cpus", type=_cores, default=[], metavar="CORES",
                         help="cores to stay on, such as 0,1")  # fmt: skip
@@ -199,18 +297,17 @@ def _engine(arguments: argparse.Namespace) -> int:
 
 def _engine_config(arguments: argparse.Namespace) -> config.EngineConfig:
     if arguments.spec is not None:
-        try:
-            table = msgspec.json.decode(arguments.spec)
-        except msgspec.DecodeError as error:
-            raise config.ConfigError(f"--spec is not JSON: {error}") from error
+        table = _spec(arguments.spec)
     elif arguments.model is None:
         raise config.ConfigError("say which model to serve: --model NAME --path PATH")
+    elif arguments.url is not None and (arguments.kind != "openai" or arguments.path is not None):
+        raise config.ConfigError("--url is for --kind openai, which takes no --path")
     else:
         table = {
             "name": arguments.name or arguments.model,
             "model": arguments.model,
             "kind": arguments.kind,
-            "path": arguments.path,
+            "path": arguments.url or arguments.path,
             "max_inflight": arguments.max_inflight,
             "cpus": arguments.cpus,
             "logprobs": not arguments.no_logprobs,
@@ -222,6 +319,9 @@ def _engine_config(arguments: argparse.Namespace) -> config.EngineConfig:
         raise config.ConfigError(f"engine: {error}") from error
     if engine.kind == "vllm" and engine.path is None:
         raise config.ConfigError("say where the model is: --path FOLDER or --path MODEL_ID")
+    if engine.kind == "openai" and engine.path is None:
+        raise config.ConfigError("say where the server is: --url http://HOST:PORT/v1")
+    config.check(config.Config(engines=(engine,)))
     return engine
 
 
@@ -354,6 +454,7 @@ def _add_bench(commands: Any) -> None:
     benches = parser.add_subparsers(required=True, metavar="BENCH")
     for name, module, text in (
         ("overhead", "overhead", "client, daemon and echo engines: round trips and stages/s"),
+        ("soak", "soak", "many streams for a long time, and clients that go away"),
         ("core", "core_speed", "events per second of the scheduler core"),
         ("kernels", "kernels", "the GPU kernels of prediction against torch.compile"),
         ("calibration", "calibration", "the simulator against a real engine on the same work"),

@@ -86,6 +86,7 @@ class GatewayConfig(Struct, frozen=True, forbid_unknown_fields=True):
     slow_reader_s: PositiveSeconds = 30.0
     body_timeout_s: PositiveSeconds = 30.0  # for a request to arrive
     keep_alive_s: PositiveSeconds = 75.0  # between requests of a connection
+    drain_s: Seconds = 30.0  # after SIGTERM, for requests under way
 
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True):
@@ -223,8 +224,8 @@ def listen_address(listen: str) -> tuple[str, int]:
     match = _HOST_AND_PORT.fullmatch(listen)
     if match is None or match["host"] == "*" or not 0 < int(match["port"]) < 65536:
         raise ConfigError(
-            f"`gateway.listen` {listen!r}: write HOST:PORT, such as 127.0.0.1:5580, or 0.0.0.0:5580 "
-            "for all addresses of this machine"
+            f"`gateway.listen` {listen!r}: write HOST:PORT, such as 127.0.0.1:5580 (0.0.0.0:5580 "
+            "for all addresses of this machine)"
         )
     return match["host"].strip("[]"), int(match["port"])
 

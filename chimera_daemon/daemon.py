@@ -24,6 +24,7 @@ from chimera_daemon.board import BEAT_S
 from chimera_daemon.channel import Channel, Frames, Sent, Together, make_socket
 from chimera_daemon.config import Config
 from chimera_daemon.core import Scheduler
+from chimera_daemon.durations import Durations
 from chimera_daemon.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -123,6 +124,7 @@ class _Request(Struct, eq=False):
     stream: bool
     api: Api
     stage: Stage
+    came_s: float  # on the clock of `time.perf_counter`
     link: "_Link | None" = None  # the engine of its last attempt
     streamed: bool = False  # text of that attempt was relayed
 
@@ -136,6 +138,7 @@ class _Link(Struct, eq=False):
     model: str
     pid: int
     seen_s: float
+    leaving: bool = False  # it said so
     watch: Watch | None = None  # of its process, if that is on this machine
 
     def is_of(self, message: Register | Heartbeat | Deregister) -> bool:
@@ -205,6 +208,7 @@ class Daemon:
         self._bytes_per_token = _BYTES_PER_TOKEN
         self._draining = False
         self.counters: Counter[str] = Counter()
+        self.decisions = Durations()  # from submission to dispatch, of stages that need not wait
 
     # Start and stop.
 
@@ -440,6 +444,7 @@ class Daemon:
         self._to_client(client, pong)
 
     def _submit(self, client: _Client, submit: Submit, header: bytes, frames: list[bytes]) -> None:
+        came_s = time.perf_counter()
         if len(frames) != 3:
             message = f"a submit has 2 frames (header and payload), not {len(frames) - 1}"
             self._refuse(client, submit.request_id, "bad_request", message)
@@ -478,6 +483,7 @@ class Daemon:
             submit.stream,
             submit.api,
             stage,
+            came_s,
         )
         key = stage.key
         first = self._predicting.get(key)
@@ -628,6 +634,7 @@ class Daemon:
                     self._register(identity, message)
                 case Deregister():
                     if link is not None and link.is_of(message):
+                        link.leaving = True
                         self._feed(EngineDraining(message.engine_id, message.incarnation))
                 case _:
                     assert_never(message)
@@ -706,6 +713,8 @@ class Daemon:
             request.api,
         )
         self._back.post((link.identity, wire.encode(run), request.payload))
+        if action.receipt.queue_s == 0.0:
+            self.decisions.add(time.perf_counter() - request.came_s)
 
     def _to_engine(self, identity: bytes, message: Abort | DaemonBeat | Shutdown) -> None:
         self._back.post((identity, wire.encode(message)))
@@ -798,9 +807,13 @@ class Daemon:
         if link.watch is not None:
             link.watch.cancel()
         del self._engines[link.engine_id]
-        for attempt_id in [a for a, request in self._attempts.items() if request.link is link]:
+        lost = [a for a, request in self._attempts.items() if request.link is link]
+        for attempt_id in lost:
             del self._attempts[attempt_id]
-        log.warning("engine %s lost: %s", link.engine_id, reason)
+        if link.leaving and not lost:
+            log.info("engine %s left: %s", link.engine_id, reason)
+        else:
+            log.warning("engine %s lost: %s", link.engine_id, reason)
         self._watcher.left(link.engine_id)
         self._feed(EngineLost(link.engine_id, link.incarnation, reason))
 
@@ -856,6 +869,7 @@ class Daemon:
             "clients": len(self._clients),
             "answers_kept": len(self._answers),
             "connections": dict(self.counters) | {"chunks_dropped": self.chunks_dropped},
+            "decisions": self.decisions.snapshot(),
             "supervised": self._watcher.snapshot(),
             "predictor": self._predictor.snapshot(),
             "core": self._core.snapshot(),

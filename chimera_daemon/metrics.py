@@ -13,7 +13,7 @@ from chimera_daemon import __version__
 from chimera_daemon.board import ENGINE_VALUES, GATEWAY_KEY, GATEWAY_VALUES, Row
 from chimera_daemon.status import Status, snapshots
 
-Kind = Literal["counter", "gauge"]
+Kind = Literal["counter", "gauge", "histogram"]
 
 _PARTS = {  # counters of the core with a label of their own
     "failed": ("stages_failed_total", "code", "Stages that ended with an error."),
@@ -90,21 +90,27 @@ class _Page:
 
     def add(self, name: str, kind: Kind, help_text: str, value: float, **labels: str) -> None:
         """One sample; a second one with the same labels is added to the first."""
-        name = re.sub(r"[^a-zA-Z0-9_]", "_", f"chimera_{name}")
-        self._heads.setdefault(name, f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n")
+        self.head(name, kind, help_text)
+        self.part(name, name, value, **labels)
+
+    def head(self, metric: str, kind: Kind, help_text: str) -> None:
+        """What comes before the samples of a metric."""
+        metric = _named(metric)
+        self._heads.setdefault(metric, f"# HELP {metric} {help_text}\n# TYPE {metric} {kind}\n")
+
+    def part(self, name: str, metric: str, value: float, **labels: str) -> None:
+        """One sample of a metric that may have several names."""
         told = ",".join(f'{label}="{_escaped(text)}"' for label, text in labels.items())
-        samples = self._samples.setdefault(name, {})
-        samples[told] = samples.get(told, 0) + value
+        sample = _named(name) + (f"{{{told}}}" if told else "")
+        samples = self._samples.setdefault(_named(metric), {})
+        samples[sample] = samples.get(sample, 0) + value
 
     def text(self) -> str:
         """All of it, with the line feed at the end that the format asks for."""
         return "".join(
-            self._heads[name]
-            + "".join(
-                f"{name}{f'{{{told}}}' if told else ''} {_number(value)}\n"
-                for told, value in samples.items()
-            )
-            for name, samples in self._samples.items()
+            self._heads[metric]
+            + "".join(f"{sample} {_number(value)}\n" for sample, value in samples.items())
+            for metric, samples in self._samples.items()
         )
 
 
@@ -119,6 +125,7 @@ def _worker(page: _Page, worker: str, snapshot: Mapping[str, Any]) -> None:
         page.add(name, "gauge", help_text, value, worker=worker)
     for state, count in core["stages"].items():
         page.add("stages", "gauge", "Stages in work.", count, worker=worker, state=state)
+    _decisions(page, worker, snapshot["decisions"])
     _core_counters(page, worker, core["counters"])
     _counters(page, "wire", "Messages and connections", worker, snapshot["connections"])
     _price(page, worker, core["price"])
@@ -133,6 +140,16 @@ def _worker(page: _Page, worker: str, snapshot: Mapping[str, Any]) -> None:
     for row in snapshot["supervised"]:
         labels = {"engine": row["engine"], "model": row["model"]}
         page.add("engine_starts_total", "counter", "Starts of a host.", row["starts"], **labels)
+
+
+def _decisions(page: _Page, worker: str, decisions: Mapping[str, Any]) -> None:
+    name = "decision_seconds"
+    page.head(name, "histogram", "From submission to dispatch, of stages that need not wait.")
+    for bound_s, count in decisions["octaves"]:
+        page.part(f"{name}_bucket", name, count, worker=worker, le=f"{bound_s:.6g}")
+    page.part(f"{name}_bucket", name, decisions["count"], worker=worker, le="+Inf")
+    page.part(f"{name}_sum", name, decisions["sum_s"], worker=worker)
+    page.part(f"{name}_count", name, decisions["count"], worker=worker)
 
 
 def _core_counters(page: _Page, worker: str, counters: Mapping[str, int]) -> None:
@@ -212,6 +229,10 @@ def _gateways(page: _Page, rows: list[Row]) -> None:
             for key, value in zip(GATEWAY_VALUES, row.values, strict=True):
                 name, kind, help_text = _GATEWAY[key]
                 page.add(name, kind, help_text, value, gateway=row.name)
+
+
+def _named(name: str) -> str:
+    return re.sub(r"[^a-zA-Z0-9_]", "_", f"chimera_{name}")
 
 
 def _escaped(text: str) -> str:

@@ -54,13 +54,19 @@ def _head(_: str, status: Mapping[str, Any]) -> str:
         f"{stages['running']} running, {stages['waiting']} waiting "
         f"({stages['without_engine']} without an engine)"
     )
+    decisions = status["decisions"]
+    if decisions["count"]:
+        head += "\nfrom submission to dispatch: " + _decisions(decisions)
     return head if core["price"] is None else f"{head}\n{_price(core['price'])}"
 
 
 def _heads(workers: Sequence[Worker]) -> str:
     core = workers[0][1]["core"]
     table = _table(
-        ("worker", "id", "up s", "clients", "workflows", "running", "waiting", "no engine"),
+        (
+            *("worker", "id", "up s", "clients", "workflows", "running", "waiting", "no engine"),
+            "to dispatch",
+        ),
         [
             (
                 worker + (" (draining)" if one["core"]["draining"] else ""),
@@ -69,6 +75,7 @@ def _heads(workers: Sequence[Worker]) -> str:
                 one["clients"],
                 one["core"]["workflows"],
                 *(one["core"]["stages"][k] for k in ("running", "waiting", "without_engine")),
+                _decisions(one["decisions"]),
             )
             for worker, one in workers
         ],
@@ -80,6 +87,10 @@ def _heads(workers: Sequence[Worker]) -> str:
     ]
     title = f"{len(workers)} workers  policy {core['policy']}"
     return "\n".join([title, table, *prices])
+
+
+def _decisions(decisions: Mapping[str, Any]) -> str:
+    return f"p50 {1e3 * decisions['p50_s']:.2f} ms, p99 {1e3 * decisions['p99_s']:.2f} ms"
 
 
 def _price(price: Mapping[str, Any]) -> str:

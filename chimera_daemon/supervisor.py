@@ -8,16 +8,17 @@ already there when the supervisor starts (its daemon was restarted) is adopted, 
 import asyncio
 import contextlib
 import logging
-import os
+import math
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import msgspec
 from msgspec import Struct
 
+from chimera_daemon import processes
 from chimera_daemon.config import Config, EngineConfig
 from chimera_daemon.daemon import EngineWatcher
 
@@ -25,13 +26,12 @@ log = logging.getLogger("chimera.supervisor")
 
 # A host looks for a lost daemon at least once a second and then says at once that it is there.
 _ADOPT_S = 1.5
-_BACKOFF_S = (0.2, 1.0, 2.0, 5.0, 10.0, 30.0)
 # An engine that served for so long has shown that it can: failures before that are forgiven.
 _PROVEN_S = 60.0
 _STOP_S = 15.0  # from asking to killing
+_KILL_S = 2.0  # from killing to having ended
 _ORPHAN_S = 120.0  # a host without any daemon for so long ends itself
 _LOOK_S = 1.0  # between looks whether a host that runs is also heard of
-_POLL_S = 0.2  # adopted hosts are no children of ours: their end has to be looked for
 # Exit codes of hosts after which a restart cannot help; see `engines/host.py`.
 _HOPELESS = {3: "it cannot start as configured", 6: "it speaks another protocol version"}
 
@@ -55,15 +55,16 @@ class _Slot(Struct, eq=False):
 class Supervisor(EngineWatcher):
     """Starts one host per engine of the configuration; `Daemon` tells it who joined and left.
 
-    ``lost(engine_id, pid, reason)`` is called when a process has ended, so that the daemon need not
-    wait for missing heartbeats.
+    ``ready(engine)`` is called each time one of them has joined.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(
+        self, config: Config, ready: Callable[[EngineConfig], None] = lambda engine: None
+    ) -> None:
         self._config = config
         self._slots = {e.name: _Slot(e) for e in config.engines}
         self._tasks: list[asyncio.Task[None]] = []
-        self.lost: Callable[[str, int, str], None] = lambda engine_id, pid, reason: None
+        self._ready = ready
 
     def start(self) -> None:
         """Begin to supervise, on the running loop."""
@@ -75,6 +76,7 @@ class Supervisor(EngineWatcher):
         if slot is not None:
             slot.here = pid
             slot.joined.set()
+            self._ready(slot.engine)
 
     def left(self, engine_id: str) -> None:
         """See `EngineWatcher`."""
@@ -103,6 +105,11 @@ class Supervisor(EngineWatcher):
         """Engines that will not be started again."""
         return [s.engine.name for s in self._slots.values() if s.state == "gave up"]
 
+    @property
+    def hopeless(self) -> bool:
+        """Whether there are engines to supervise and all of them are given up."""
+        return bool(self._slots) and len(self.gave_up) == len(self._slots)
+
     async def stop(self, *, keep_engines: bool = False) -> None:
         """End supervision, and the hosts with it unless they are to wait for the next daemon."""
         for task in self._tasks:
@@ -112,18 +119,20 @@ class Supervisor(EngineWatcher):
             return
         pids = [s.pid for s in self._slots.values() if s.pid]
         for pid in pids:
-            _signal(pid, signal.SIGTERM)
-        end = asyncio.get_running_loop().time() + _STOP_S
-        while any(_alive(pid) for pid in pids) and asyncio.get_running_loop().time() < end:
-            await asyncio.sleep(_POLL_S / 4)
-        self.kill()
+            processes.send_signal(pid, signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(_gone(pids), _STOP_S)
+        await self.kill()
 
-    def kill(self) -> None:
+    async def kill(self) -> None:
         """End all hosts and what they have started, at once; after `stop`."""
+        pids = [s.pid for s in self._slots.values() if s.pid]
+        for pid in pids:
+            processes.kill_group(pid)
         for slot in self._slots.values():
-            if slot.pid:
-                _kill_group(slot.pid)
-                slot.pid = 0
+            slot.pid = 0
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(_gone(pids), _KILL_S)
 
     async def _keep(self, slot: _Slot) -> None:
         """The life of one engine, until it is given up or supervision ends."""
@@ -141,7 +150,7 @@ class Supervisor(EngineWatcher):
                 )
                 return
             slot.state = "backoff"
-            wait_s = _BACKOFF_S[min(slot.failures, len(_BACKOFF_S)) - 1]
+            wait_s = processes.backoff_s(slot.failures)
             log.warning("engine %s: %s; starts again in %g s", slot.engine.name, why, wait_s)
             await self._adopt(slot, wait_s)
 
@@ -151,12 +160,12 @@ class Supervisor(EngineWatcher):
         end = loop.time() + wait_s
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(slot.joined.wait(), wait_s)
-        if not _is_host(slot.here):
+        if not processes.is_host(slot.here):
             await asyncio.sleep(end - loop.time())
             return
         slot.pid = slot.here
         log.info("engine %s is here already (pid %d): adopted", slot.engine.name, slot.pid)
-        await self._while_ready(slot, asyncio.ensure_future(_until_gone(slot.pid)))
+        await self._while_ready(slot, asyncio.ensure_future(processes.gone(slot.pid)))
 
     async def _run_once(self, slot: _Slot) -> str:
         """Start the host, wait until it has ended, return why."""
@@ -173,7 +182,7 @@ class Supervisor(EngineWatcher):
         try:
             await asyncio.wait(
                 (ended, joined),
-                timeout=self._config.ready_s,
+                timeout=self._patience_s(slot),
                 return_when=asyncio.FIRST_COMPLETED,
             )
         finally:
@@ -199,21 +208,26 @@ class Supervisor(EngineWatcher):
         slot.ready_s = loop.time()
         while not ended.done():
             await asyncio.wait((ended,), timeout=_LOOK_S)
-            if not slot.joined.is_set() and loop.time() - slot.left_s > self._config.ready_s:
+            away_s = 0.0 if slot.joined.is_set() else loop.time() - slot.left_s
+            if away_s > self._patience_s(slot):
                 log.error("engine %s hangs: killed", slot.engine.name)
-                _kill_group(slot.pid)
+                processes.kill_group(slot.pid)
                 await ended
         proven = loop.time() - slot.ready_s >= _PROVEN_S
         slot.failures = 1 if proven else slot.failures + 1
         self._clear(slot)
+
+    def _patience_s(self, slot: _Slot) -> float:
+        """How long a host that runs may not be heard of."""
+        # One of a remote server signs on when that answers, which is nothing a restart could help.
+        return math.inf if slot.engine.kind == "openai" else self._config.ready_s
 
     def _clear(self, slot: _Slot) -> None:
         """Leave nothing of this host; its number may belong to another process from now on."""
         pid, slot.pid = slot.pid, 0
         if slot.here == pid:
             self.left(slot.engine.name)
-        _kill_group(pid)
-        self.lost(slot.engine.name, pid, f"its process {pid} has ended")
+        processes.kill_group(pid)
 
     async def _spawn(self, slot: _Slot) -> asyncio.subprocess.Process:
         """Start a host; when cancelled, not before its number is known to `stop`."""
@@ -229,7 +243,8 @@ class Supervisor(EngineWatcher):
     async def _execute(self, engine: EngineConfig) -> asyncio.subprocess.Process:
         spec = msgspec.json.encode(engine).decode()
         command = [sys.executable, "-m", "chimera_daemon", "engine"]
-        command += ["--spec", spec, "--connect", self._config.back, "--orphan-s", str(_ORPHAN_S)]
+        command += ["--spec", spec, "--connect", processes.local_address(self._config.back)]
+        command += ["--orphan-s", str(_ORPHAN_S)]
         with self._log_of(engine) as output:
             return await asyncio.create_subprocess_exec(
                 *command,
@@ -260,50 +275,5 @@ class Supervisor(EngineWatcher):
         return f"\n  the end of {path}:\n    " + "\n    ".join(lines[-5:]) if lines else ""
 
 
-def _alive(pid: int) -> bool:
-    """Whether the process runs; one that only waits to be reaped does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return False
-    return state not in "ZX"
-
-
-def _is_host(pid: int) -> bool:
-    """Whether a host of ours runs here under this number: it leads a group, and says what it is.
-
-    A host that joins from another machine gives a number that means something else here.
-    """
-    try:
-        return (
-            pid > 1
-            and os.getpgid(pid) == pid != os.getpgrp()
-            and _is_host_command(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
-        )
-    except (OSError, OverflowError):
-        return False
-
-
-async def _until_gone(pid: int) -> None:
-    while _alive(pid):
-        await asyncio.sleep(_POLL_S)
-
-
-def _is_host_command(words: list[bytes]) -> bool:
-    """Whether this is `chimera engine`, however called; a folder of that name proves nothing."""
-    names = {os.path.basename(word) for word in words}
-    return b"engine" in names and not names.isdisjoint((b"chimera", b"chimera_daemon"))
-
-
-def _signal(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.kill(pid, number)
-
-
-def _kill_group(pid: int) -> None:
-    """Kill the process group that this host leads, workers included."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if os.getpgid(pid) != pid:
-            return  # started by somebody else as part of a larger group
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
+async def _gone(pids: Iterable[int]) -> None:
+    await asyncio.gather(*map(processes.gone, pids))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from chimera_daemon.durations import Durations
 from core_harness import Watched, prediction
 
 LEARNED: dict[str, Any] = {
@@ -42,6 +43,7 @@ def snapshot(core: Watched, **fields: Any) -> dict[str, Any]:
         "supervised": [],
         "predictor": {},
         "connections": {},
+        "decisions": Durations().snapshot(),
         "board": {"path": None, "rows": []},
         **fields,
     }

@@ -11,6 +11,7 @@ from chimera_daemon.config import (
     EngineConfig,
     ModelConfig,
     PredictorConfig,
+    listen_address,
     load,
     parse,
 )
@@ -47,6 +48,7 @@ def test_values_are_read_into_frozen_structs() -> None:
         ('[[models]]\nname = "m"\nconfidense = 1', "models.confidense", "models.confidence"),
         ("[Paper]", "Paper", "paper"),
         ("[predictor]\nbundel = 'b'", "predictor.bundel", "predictor.bundle"),
+        ("[gateway]\nlisten_on = 'b'", "gateway.listen_on", "gateway.listen"),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_one(
@@ -88,6 +90,13 @@ def test_an_unknown_key_is_named_with_the_nearest_one(
         ("[predictor]\nmax_batch = 0", "predictor.max_batch"),
         ("[predictor]\nmax_waiting = 0", "predictor.max_waiting"),
         ("[predictor]\nthreads = 0", "predictor.threads"),
+        ("workers = 0", "workers"),
+        ("workers = 65", "workers"),
+        ("gateway = 5580", "gateway"),
+        ("[gateway]\nlisten = 5580", "gateway.listen"),
+        ("[gateway]\nprocesses = -1", "gateway.processes"),
+        ("[gateway]\nprocesses = 257", "gateway.processes"),
+        ("[gateway]\nslow_reader_s = 0", "gateway.slow_reader_s"),
         ("engines = 3", "engines"),
         (ENGINE + 'kind = "echo"\nlogprobs = 1', "logprobs"),
         ("engines = [3]", "engines"),
@@ -124,6 +133,81 @@ def test_a_vllm_engine_needs_a_path_and_an_echo_engine_none() -> None:
     with pytest.raises(ConfigError, match="engine `e`: `path` is missing"):
         parse(ENGINE)
     assert parse(ENGINE + 'kind = "echo"').engines[0].path is None
+
+
+@pytest.mark.parametrize("path", ["", "path = '127.0.0.1:8000'", "path = 'ftp://host/v1'"])
+def test_an_engine_elsewhere_needs_a_url(path: str) -> None:
+    with pytest.raises(ConfigError, match="engine `e`: `path` must be the base URL, such as http"):
+        parse(f'{ENGINE}kind = "openai"\n{path}')
+    url = "http://127.0.0.1:8000/v1"
+    assert parse(f'{ENGINE}kind = "openai"\npath = "{url}"').engines[0].path == url
+
+
+@pytest.mark.parametrize(
+    ("listen", "host", "port"),
+    [
+        ("127.0.0.1:5580", "127.0.0.1", 5580),
+        ("0.0.0.0:1", "0.0.0.0", 1),
+        ("localhost:65535", "localhost", 65535),
+        ("[::1]:80", "::1", 80),
+    ],
+)
+def test_where_the_gateway_listens(listen: str, host: str, port: int) -> None:
+    assert listen_address(listen) == (host, port)
+    assert parse(f'[gateway]\nlisten = "{listen}"').gateway.listen == listen
+
+
+@pytest.mark.parametrize(
+    "listen",
+    [
+        "",
+        "5580",
+        ":5580",
+        "*:5580",
+        "host:",
+        "host:0",
+        "host:65536",
+        "h:1:2",
+        "::1:80",
+        "http://h:1",
+    ],
+)
+def test_where_no_gateway_can_listen(listen: str) -> None:
+    with pytest.raises(ConfigError, match="`gateway.listen` .*: write HOST:PORT, such as"):
+        parse(f'[gateway]\nlisten = "{listen}"')
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        # Each worker's ports are 2 further on.
+        ("workers = 2\nback = 'tcp://127.0.0.1:5572'", "`back` and `front` of worker 1 .* 5572"),
+        ("workers = 9\nfront = 'tcp://*:6000'\nback = 'tcp://10.0.0.1:6016'", "port 6016"),
+        ("workers = 2\nback = 'tcp://127.0.0.1:65534'", "`back` of worker 1 .* above 65535"),
+        ("[gateway]\nlisten = '127.0.0.1:5571'", "`gateway.listen` and `back` .* 5571"),
+        ("[gateway]\nlisten = '0.0.0.0:5570'", "`gateway.listen` and `front` .* 5570"),
+        ("workers = 6", "`gateway.listen` and `front` of worker 5 .* 5580; write another port"),
+        ("front = 'tcp://127.0.0.1:7'\nback = 'tcp://127.0.0.1:7'", "`back` and `front` .* port 7"),
+    ],
+)
+def test_no_two_listen_on_one_port(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "workers = 5",
+        "workers = 64\n[gateway]\nprocesses = 0",
+        "workers = 2\nfront = 'tcp://127.0.0.1:6000'\nback = 'tcp://127.0.0.1:6004'",
+        "workers = 2\nfront = 'tcp://10.0.0.1:6000'\nback = 'tcp://10.0.0.2:6002'",
+        "workers = 64\nfront = 'ipc:///f'\nback = 'ipc:///b'",
+        "[gateway]\nlisten = '127.0.0.1:5571'\nprocesses = 0",
+    ],
+)
+def test_ports_that_do_not_meet(text: str) -> None:
+    parse(text)
 
 
 @pytest.mark.parametrize("key", ["engine_timeout_s", "client_timeout_s"])

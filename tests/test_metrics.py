@@ -7,6 +7,7 @@ import pytest
 
 from chimera_daemon import __version__
 from chimera_daemon.board import Row
+from chimera_daemon.durations import Durations
 from chimera_daemon.metrics import render
 from core_harness import Watched
 from fake_status import LEARNED, SUPERVISED, busy, snapshot
@@ -108,6 +109,19 @@ def test_names_that_need_care_are_escaped() -> None:
     check_form(page)
 
 
+def test_decisions_are_a_histogram() -> None:
+    decisions = Durations()
+    for seconds in (1e-4, 1e-4, 3e-3):
+        decisions.add(seconds)
+    page = render(snapshot(Watched(), decisions=decisions.snapshot()), [])
+    buckets = re.findall(r'decision_seconds_bucket\{worker="0",le="(.+)"\} (\d+)', page)
+    counts = [int(count) for _, count in buckets]
+    assert counts == sorted(counts)
+    assert buckets[-1] == ("+Inf", "3")
+    assert value(page, 'chimera_decision_seconds_count{worker="0"}') == 3
+    assert value(page, 'chimera_decision_seconds_sum{worker="0"}') == pytest.approx(3.2e-3)
+
+
 @pytest.mark.parametrize(
     ("number", "shown"),
     [(float("nan"), "NaN"), (float("inf"), "+Inf"), (float("-inf"), "-Inf"), (1e300, None)],
@@ -124,11 +138,18 @@ def check_form(page: str) -> None:
     lines = page[:-1].split("\n")
     matches = [LINE.fullmatch(line) for line in lines]
     assert [line for line, match in zip(lines, matches, strict=True) if match is None] == []
-    names = [match["head"] or match["name"] for match in matches if match is not None]
+    parts = re.compile(r"(?<=_seconds)_(bucket|sum|count)$")  # of a histogram
+    names = [
+        parts.sub("", match["head"] or match["name"]) for match in matches if match is not None
+    ]
     blocks = [name for i, name in enumerate(names) if i == 0 or names[i - 1] != name]
     assert len(blocks) == len(set(blocks))
     for name in blocks:
-        kinds = [line.split(" ")[:2] for line in lines if re.search(rf"\b{name}\b", line)]
+        kinds = [
+            line.split(" ")[:2]
+            for line in lines
+            if re.search(rf"\b{name}(_bucket|_sum|_count)?\b", line)
+        ]
         assert kinds[0] == ["#", "HELP"]
         assert kinds[1] == ["#", "TYPE"]
         assert ["#", "HELP"] not in kinds[1:]
@@ -147,7 +168,7 @@ def test_prometheus_own_parser_reads_it() -> None:
     parser = pytest.importorskip("prometheus_client.parser")
     page = render(two_workers(), ROWS)
     families = list(parser.text_string_to_metric_families(page))
-    assert all(family.type in ("counter", "gauge") for family in families)
+    assert all(family.type in ("counter", "gauge", "histogram") for family in families)
     assert all(family.documentation for family in families)
     samples = [sample for family in families for sample in family.samples]
     assert len(samples) == len([x for x in page.splitlines() if not x.startswith("#")])

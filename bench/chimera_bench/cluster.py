@@ -48,6 +48,7 @@ class Cluster:
             log_dir=str(log_dir.resolve()),
             # Who is to have it is told so at the start of its daemon.
             predictor=msgspec.structs.replace(config.predictor, bundle=None),
+            gateway=msgspec.structs.replace(config.gateway, processes=0),
         )
         self._log_dir = log_dir
         log_dir.mkdir(parents=True, exist_ok=True)

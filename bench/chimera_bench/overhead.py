@@ -4,7 +4,8 @@ Client, daemon and two echo engines are processes of their own on this machine, 
 sockets. Each of n workers runs workflows of four stages one after the other; a stage counts from
 `generate` to its reply. Echo engines are no language models: they answer with fixed words, so all
 of the time is overhead. With `--predict` there are two daemons, one of which reads each prompt, and
-they take turns with prompts that were never seen before.
+they take turns with prompts that were never seen before. Front doors side by side are the part of
+`paths`, decisions at a given rate that of `decisions`.
 """
 
 import argparse
@@ -27,13 +28,13 @@ from typing import Any, NamedTuple
 
 import uvloop
 
-from chimera_bench import machine
+from chimera_bench import decisions, machine, paths, paths_report
+from chimera_bench.loads import MESSAGES, STAGES_PER_WORKFLOW
+from chimera_bench.process_costs import cpu_s, resident_mib
 from chimera_daemon.client import Client, connect
 from chimera_daemon.config import ConfigError
 
 BUNDLE = Path(__file__).parent / "testbed" / "predictor"
-STAGES_PER_WORKFLOW = 4
-MESSAGES = [{"role": "user", "content": "What is 17 + 4? Answer with the number alone. " * 4}]
 WARM_UP_STAGES = 2000
 READY_S = 120.0  # with a bundle to load
 _MEMORY_SAMPLES = 10
@@ -73,11 +74,15 @@ class Side(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `chimera bench overhead`."""
-    parser.add_argument("--in-flight", type=int, nargs="+",
+    parser.add_argument("--in-flight", type=paths.whole, nargs="+",
                         help="concurrent workers (default: 1 32 128, or 1 32 256 with "
                         "--predict)")  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=5.0, help="per run; default: %(default)s")
-    parser.add_argument("--runs", type=int, default=3, help="per level; default: %(default)s")
+    parser.add_argument(
+        "--seconds", type=paths.positive, default=5.0, help="per run; default: %(default)s"
+    )
+    parser.add_argument(
+        "--runs", type=paths.whole, default=3, help="per level; default: %(default)s"
+    )
     parser.add_argument("--stages", type=int, default=0,
                         help="also run so many stages at 32 in flight and watch the daemon's "
                         "memory, for example 1000000")  # fmt: skip
@@ -86,25 +91,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "testbed's); both get prompts never seen before")  # fmt: skip
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                         help="where the predictor runs; default: %(default)s")  # fmt: skip
-    parser.add_argument("--prompt-tokens", type=_positive, default=128, metavar="TOKENS",
+    parser.add_argument("--prompt-tokens", type=paths.whole, default=128, metavar="TOKENS",
                         help="of each prompt with --predict; default: %(default)s")  # fmt: skip
     parser.add_argument("--policy", default="chimera", help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="append JSONL rows to this file")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"at least 1, not {number}")
-    return number
+    paths.add_arguments(parser)
+    decisions.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print a table, append rows; the exit code is 0 if every stage was answered.
 
-    Raises ConfigError if the bundle or the device cannot be used, or a daemon does not start.
+    Raises ConfigError if the bundle, the device or a peer cannot be used, or a daemon does not
+    start.
     """
+    _check(arguments)
     facts = machine.facts()
+    if arguments.cpus is not None:
+        os.sched_setaffinity(0, arguments.cpus)
+    if arguments.decisions is not None:
+        rows = uvloop.run(decisions.measure(arguments))
+    elif arguments.paths is not None or arguments.peer or arguments.report is not None:
+        rows = uvloop.run(paths.measure(arguments))
+        if arguments.report is not None:
+            paths_report.write(arguments.report, rows, facts)
+            print(f"report: {arguments.report}")
+    else:
+        rows = _daemon_only(arguments)
+    if arguments.out is not None:
+        machine.append_rows(arguments.out, [row | facts for row in rows])
+        print(f"rows: {arguments.out}")
+    return int(any(row.get("errors") for row in rows))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """There are three kinds of measurement; raises ConfigError where options ask for several."""
+    compared = arguments.paths is not None or arguments.peer or arguments.report is not None
+    asked = {
+        "--decisions": arguments.decisions is not None,
+        "--paths, --peer or --report": compared,
+        "--predict or --stages": arguments.predict is not None or arguments.stages,
+    }
+    together = [options for options, given in asked.items() if given]
+    if len(together) > 1:
+        raise ConfigError(f"{' and '.join(together)} ask for different things; run one of them")
+
+
+def _daemon_only(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of client, daemon and echo engines; with a bundle also of a daemon that reads."""
     predictor, models, levels = None, ("small", "large"), [1, 32, 128]
     prompts, said = itertools.repeat(MESSAGES), {}
     if arguments.predict is not None:
@@ -117,11 +151,7 @@ def run(arguments: argparse.Namespace) -> int:
         if predictor is not None:
             daemon = stack.enter_context(_daemon(arguments.policy, models, predictor))
             sides.append(Side(*daemon, said | {"prediction": "learned"} | predictor.facts))
-        rows = uvloop.run(_measure(sides, prompts, arguments.in_flight or levels, arguments))
-    if arguments.out is not None:
-        machine.append_rows(arguments.out, [row | facts for row in rows])
-        print(f"rows: {arguments.out}")
-    return 0
+        return uvloop.run(_measure(sides, prompts, arguments.in_flight or levels, arguments))
 
 
 def _predictor(bundle: Path, device: str) -> Predictor:
@@ -156,6 +186,7 @@ def _daemon(
             f'back = "ipc://{folder}/back"',
             f'policy = "{policy}"',
             f'log_dir = "{folder}"',
+            "gateway = { processes = 0 }",
         ]
         if predictor is not None:
             lines += ["[predictor]", f"bundle = {json.dumps(str(predictor.bundle))}"]
@@ -254,10 +285,10 @@ async def _one_run(
     side: Side, client: Client, prompts: Iterator[Messages], in_flight: int, seconds: float
 ) -> dict[str, float]:
     before = await _counters(client)
-    cpu, started = _cpu_s(side.pid), time.perf_counter()
+    cpu, started = cpu_s(side.pid), time.perf_counter()
     latencies, sources = await _load(client, prompts, in_flight, seconds=seconds)
     spent = time.perf_counter() - started
-    cpu = _cpu_s(side.pid) - cpu
+    cpu = cpu_s(side.pid) - cpu
     latencies.sort()
     stages = len(latencies)
     measured = {
@@ -285,7 +316,7 @@ async def _memory_run(
     samples: list[float] = []
     for _ in range(_MEMORY_SAMPLES):
         await _load(client, prompts, 32, stages=arguments.stages // _MEMORY_SAMPLES)
-        samples.append(_resident_mib(side.pid))
+        samples.append(resident_mib(side.pid))
         print(f"{len(samples) * arguments.stages // _MEMORY_SAMPLES:9,d} stages: "
               f"daemon {samples[-1]:.1f} MiB")  # fmt: skip
     growth = samples[-1] / samples[0] - 1.0
@@ -342,14 +373,3 @@ async def _until_engines(client: Client, count: int) -> None:
         if time.monotonic() > end:
             raise RuntimeError(f"the echo engines did not join within {READY_S:g} s")
         await asyncio.sleep(0.05)
-
-
-def _cpu_s(pid: int) -> float:
-    """User and system time of a process, all threads, in seconds."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _resident_mib(pid: int) -> float:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from chimera_daemon import cli, config
+from chimera_daemon import cli, config, processes
 from chimera_daemon.cli import main
 from tests.daemon.harness import World, run
 
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 PATH = os.pathsep.join(str(ROOT / folder) for folder in ("", "kernels", "predictors", "bench"))
 LEARNING = ["train", "eval", "traces"]
 SIMULATING = ["simulate", "tune", "measure"]
-COMMANDS = ["up", "daemon", "engine", "status", *LEARNING, "demo", "bench", *SIMULATING]
+COMMANDS = ["up", "daemon", "gateway", "engine", "status", *LEARNING, "demo", "bench", *SIMULATING]
 
 
 def chimera(*arguments: str, prelude: str = "") -> subprocess.CompletedProcess[str]:
@@ -67,6 +68,7 @@ def test_help_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     output = capsys.readouterr().out
     assert all(f"    {command} " in output for command in COMMANDS)
+    assert "    worker " not in output
 
 
 def test_engine_options() -> None:
@@ -78,6 +80,12 @@ def test_engine_options() -> None:
     )
     args = {"a": 1, "b": [1, 2], "c": True, "dtype": "bfloat16", "quoted": "x=y", "empty": ""}
     assert full == config.EngineConfig("e", "m", "vllm", "org/m", 3, (0, 2), args, False)
+
+
+def test_engine_of_a_remote_server() -> None:
+    url = "http://127.0.0.1:8000/v1"
+    remote = engine("--kind", "openai", "--url", url, "--model", "m", "--arg", "slots=3")
+    assert remote == config.EngineConfig("m", "m", "openai", url, args={"slots": 3})
 
 
 def test_engine_spec() -> None:
@@ -98,6 +106,10 @@ def test_engine_spec() -> None:
         (["--model", "m", "--kind", "echo", "--cpus", "first"], "0,1"),
         (["--model", "m", "--kind", "echo", "--cpus=-1"], "cpus"),
         (["--model", "m", "--kind", "tensorflow"], "tensorflow"),
+        (["--model", "m", "--kind", "openai"], "--url http://HOST:PORT/v1"),
+        (["--model", "m", "--kind", "openai", "--url", "localhost:8000"], "http://host:8000/v1"),
+        (["--model", "m", "--kind", "openai", "--url", "http://h/v1", "--path", "p"], "no --path"),
+        (["--model", "m", "--url", "http://h/v1"], "--url is for --kind openai"),
         (["--model", "m" * 200, "--kind", "echo"], "length <= 128"),
         (["--model", "m", "--kind", "echo", "--orphan-s", "-1"], "--orphan-s"),
         (["--model", "m", "--kind", "echo", "--connect", "localhost:5571"], "tcp://HOST:PORT"),
@@ -111,6 +123,68 @@ def test_bad_engine_options(
     arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert says in refused(capsys, "engine", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--listen", "5580"], "write HOST:PORT, such as 127.0.0.1:5580"),
+        (["--connect", "localhost:5570"], "tcp://HOST:PORT"),
+        (["--processes", "0"], "1 or more"),
+        (["--processes", "two"], "--processes"),
+        (["--processes", "1000"], "processes"),
+        (["--spec", "{no json"], "JSON"),
+        (["--spec", "[]"], "gateway: "),
+        (["--spec", '{"listn":"127.0.0.1:5580"}'], "listn"),
+        (["--no-such-option"], "--no-such-option"),
+    ],
+)
+def test_bad_gateway_options(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert says in refused(capsys, "gateway", *arguments)
+
+
+def test_gateway_options() -> None:
+    spec = json.dumps({"listen": "127.0.0.1:1", "max_connections": 7})
+    arguments = ["gateway", "--spec", spec, "--listen", "0.0.0.0:80", "--processes", "2"]
+    assert cli._gateway_config(cli._parser().parse_args(arguments)) == config.GatewayConfig(
+        "0.0.0.0:80", 2, max_connections=7
+    )
+    assert cli._gateway_config(cli._parser().parse_args(["gateway"])) == config.GatewayConfig()
+
+
+def test_gateway_of_a_port_that_is_taken(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        ended = chimera("gateway", "--listen", listen, "--connect", f"ipc://{tmp_path}/f")
+    assert ended.returncode == 3
+    assert f"cannot listen on {listen}: " in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_gateway_without_aiohttp(tmp_path: Path) -> None:
+    ended = chimera("gateway", prelude="import sys; sys.modules['aiohttp'] = None")
+    assert ended.returncode == 3
+    assert "pip install 'chimera-daemon[gateway]'" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("index", "spec", "says"),
+    [
+        ("2", '{"workers": 2}', "there are 2 workers"),
+        ("0", '{"workers": 2}', "--index 0"),
+        ("1", '{"wrkers": 2}', "worker: "),
+        ("1", "{no json", "JSON"),
+    ],
+)
+def test_bad_worker_options(
+    index: str, spec: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(processes, "die_with", lambda parent: None)
+    arguments = ["--index", index, "--spec", spec, "--parent", str(os.getppid())]
+    assert says in refused(capsys, "worker", *arguments)
 
 
 @pytest.mark.parametrize(

@@ -1,123 +1,20 @@
 """`chimera up` as people run it: processes, signals, and what is left behind."""
 
 import asyncio
-import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 
 from chimera_daemon.client import Draining, Reply, connect
 from chimera_daemon.messages import GetStatus, Result
+from chimera_daemon.processes import alive
 from chimera_daemon.serve import _on_signals
-from tests.daemon.harness import ASK, WAIT_S, RawClient, World, body, run, sessions, until
-
-ROOT = Path(__file__).parents[2]
-SLOW = "step_s = 0.02, reply_tokens = [1000, 1000]"
-FAST = "step_s = 0.002, reply_tokens = [5, 20], slots = 4"
-
-
-class Up:
-    """A daemon of a TOML file as a process, its log, and the engines it was seen with."""
-
-    def __init__(self, folder: Path, engines: dict[str, str], **settings: object) -> None:
-        self.folder = folder
-        self.front = f"ipc://{folder}/f"
-        settings = {
-            "front": self.front,
-            "back": f"ipc://{folder}/b",
-            "heartbeat_s": 0.05,
-            "log_dir": str(folder / "logs"),
-        } | settings
-        lines = [f"{key} = {_toml(value)}" for key, value in settings.items()]
-        for name, args in engines.items():
-            lines += ["[[engines]]", f'name = "{name}"', 'model = "m"', 'kind = "echo"']
-            lines += [f"args = {{ {args} }}"]
-        self.config = folder / "up.toml"
-        self.config.write_text("\n".join(lines))
-        self.log = folder / "up.log"
-        self.seen: set[int] = set()
-        self.process: subprocess.Popen[bytes]
-        self._raws: list[RawClient] = []
-
-    def start(self, *options: str) -> None:
-        command = [sys.executable, "-m", "chimera_daemon", "up", str(self.config), *options]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    async def ended(self) -> int:
-        await until(lambda: self.process.poll() is not None, "the end of the daemon")
-        return self.process.returncode
-
-    def raw(self) -> RawClient:
-        self._raws.append(RawClient(self.front, None))
-        return self._raws[-1]
-
-    async def status(self) -> dict[str, Any]:
-        async with connect(self.front, timeout_s=WAIT_S) as client:
-            status = await client.status()
-        self.seen |= {row["pid"] for row in status["supervised"] if row["pid"]}
-        return status
-
-    async def ready(self) -> dict[str, int]:
-        """Wait for all engines; their process ids."""
-        end = asyncio.get_running_loop().time() + WAIT_S
-        while True:
-            status = await self.status()
-            rows = status["supervised"]
-            if all(r["state"] == "ready" for r in rows) and len(status["core"]["engines"]) == len(
-                rows
-            ):
-                return {r["engine"]: r["pid"] for r in rows}
-            assert asyncio.get_running_loop().time() < end, (status, self.log.read_text())
-            await asyncio.sleep(0.05)
-
-    def clean(self) -> None:
-        """End whatever a failed test has left."""
-        for pid in {self.process.pid, *self.seen}:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
-        self.process.wait()
-        for raw in self._raws:
-            raw.close()
-
-
-def _toml(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value).lower()
-
-
-def alive(pid: int) -> bool:
-    """Whether it runs."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
-
-
-def with_up(up: Up, test: Callable[[Up], Awaitable[None]], *options: str) -> None:
-    async def whole() -> None:
-        up.start(*options)
-        try:
-            await test(up)
-        finally:
-            up.clean()
-
-    run(whole())
+from tests.daemon.harness import ASK, body, run, sessions, until
+from tests.daemon.up import FAST, ROOT, SLOW, Up, with_up
 
 
 def test_up_serves_and_leaves_nothing(tmp_path: Path) -> None:
@@ -165,17 +62,20 @@ def test_up_records_traces(tmp_path: Path) -> None:
     with_up(Up(tmp_path, {"a": FAST}), test, "--record", str(tmp_path / "traces"))
 
 
-def test_sighup_reloads_the_bundle(tmp_path: Path) -> None:
+def test_signals_can_be_caught_again_and_again() -> None:
     async def test() -> None:
-        reloads: list[None] = []
-        async with World(tmp_path) as world:
-            predictor = SimpleNamespace(reload=lambda: reloads.append(None))
-            _on_signals(asyncio.Event(), asyncio.Event(), world.daemon, cast(Any, predictor))
-            for n in (1, 2):
-                os.kill(os.getpid(), signal.SIGHUP)
-                await until(lambda n=n: len(reloads) == n)
-            for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
-                asyncio.get_running_loop().remove_signal_handler(number)
+        hung_up: list[None] = []
+        stop, at_once = asyncio.Event(), asyncio.Event()
+        _on_signals(stop, at_once, lambda: hung_up.append(None))
+        for n in (1, 2):
+            os.kill(os.getpid(), signal.SIGHUP)
+            await until(lambda n=n: len(hung_up) == n)
+        assert not stop.is_set()
+        for event in (stop, at_once):
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.wait_for(event.wait(), 10.0)
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().remove_signal_handler(number)
 
     run(test())
 

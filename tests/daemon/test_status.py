@@ -56,6 +56,9 @@ def test_one_worker() -> None:
     assert "submitted 5" in shown
 
 
+NEVER = "p50 0.00 ms, p99 0.00 ms"
+
+
 def test_several_workers_are_drawn_together() -> None:
     counted = {"late_chunks": 2}
     workers = [
@@ -66,8 +69,18 @@ def test_several_workers_are_drawn_together() -> None:
     shown = render({"workers": workers})
     assert shown == render(workers)
     assert shown.startswith("2 workers  policy chimera\nworker ")
-    assert cells(shown, "0") == ["0", "d0", "2", "3", "3", "2", "1", "0"]
-    assert cells(shown, "2 (draining)") == ["2 (draining)", "d2", "2", "3", "5", "1", "4", "0"]
+    assert cells(shown, "0") == ["0", "d0", "2", "3", "3", "2", "1", "0", NEVER]
+    assert cells(shown, "2 (draining)") == [
+        "2 (draining)",
+        "d2",
+        "2",
+        "3",
+        "5",
+        "1",
+        "4",
+        "0",
+        NEVER,
+    ]
     assert cells(shown, "e")[:4] == ["e", "small", "2 + 1", "2"]
     assert cells(shown, "small")[1:5] == ["1", "2 + 1", "2", "1 + 4"]
     assert "worker 0: bundle b" in shown
