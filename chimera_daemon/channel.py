@@ -18,7 +18,7 @@ from zmq.backend import Socket as BareSocket
 
 # Messages taken in one go before other callbacks of the loop get their turn.
 _BATCH = 256
-_SAFETY_S = 0.05
+_SAFETY_S = 0.25
 _NOBLOCK = int(zmq.NOBLOCK)
 _POLLIN = int(zmq.POLLIN)
 _NOBLOCK_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)

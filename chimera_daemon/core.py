@@ -859,6 +859,10 @@ class Scheduler:
         """Whether this process of this engine is registered."""
         return self._engine(engine_id, incarnation) is not None
 
+    def has_workflow(self, workflow_id: str) -> bool:
+        """Whether this workflow has begun and has not ended."""
+        return workflow_id in self._workflows
+
     @property
     def idle(self) -> bool:
         """Whether no stage waits or runs."""

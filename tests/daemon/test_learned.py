@@ -258,6 +258,30 @@ def test_texts_are_read_from_any_chat() -> None:
     assert text_of(b'{"messages": []}') == ""
 
 
+def test_texts_are_read_from_completions() -> None:
+    assert text_of(b'{"prompt": "Once upon"}') == text_of(body("Once upon"))
+    assert "a time" in text_of(b'{"prompt": ["Once upon", "a time"]}')
+    with pytest.raises(ValueError):
+        text_of(b'{"prompt": [1, 2, 3]}')  # token ids
+
+
+def test_nothing_stays_of_what_was_refused(tmp_path: Path) -> None:
+    model = FakeModel()
+
+    async def test() -> None:
+        async with Learned(tmp_path, model) as world:
+            await world.join()
+            raw = world.raw()
+            for number in range(3):
+                raw.submit(f"r{number}", workflow_id=f"w{number}", model="never")
+                await raw.failure(f"r{number}", "unknown_model")
+            predictor = world.daemon.status()["predictor"]
+            assert (predictor["workflows"], predictor["text_bytes"]) == (0, 0)
+            world.check_empty()
+
+    run(test())
+
+
 def test_long_texts_are_cut_where_they_are_read() -> None:
     text = "begin" + "x" * 10_000_000 + "end"
     cut = text_of(body(text))
