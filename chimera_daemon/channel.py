@@ -16,6 +16,9 @@ from typing import Any
 import zmq
 from zmq.backend import Socket as BareSocket
 
+# So many messages read together leave together at most: a larger batch is handed on in parts, so
+# that who comes next need not wait for all of it. Of 1 to 256, 8 to 12 gave the most stages/s.
+_TOGETHER = 8
 # Messages taken in one go before other callbacks of the loop get their turn.
 _BATCH = 256
 _SAFETY_S = 0.25
@@ -55,7 +58,7 @@ class Channel:
     Must be made and used on the thread of the running loop. Errors raised by ``on_frames`` are
     programming errors and go to the loop's exception handler; reading goes on.
 
-    Messages leave at once with `send`, or with `post` when all that came in together has been read:
+    Messages leave at once with `send`, or with `post` when what came in together has been read:
     ZeroMQ's thread is woken once for all of them then, which saves a quarter of the processor time
     of a busy daemon. Messages to one peer keep their order only if all of them are posted.
     """
@@ -198,6 +201,8 @@ class Channel:
                 frame = receive(_NOBLOCK, False)
                 frames.append(frame.bytes)
             self._on_frames(frames)
+            if taken % _TOGETHER == _TOGETHER - 1 and self._together.posted:
+                self._together.flush()
         self._alone = False
         return True
 

@@ -78,7 +78,7 @@ class PredictorConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class GatewayConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """The OpenAI-compatible HTTP front door that `chimera up` starts."""
 
-    listen: str = "127.0.0.1:5580"  # HOST:PORT
+    listen: str = "127.0.0.1:5700"  # HOST:PORT
     processes: Annotated[int, Meta(ge=0, le=256)] = 1  # on one port; 0: no gateway
     max_connections: Positive = 4096  # per process
     # A client that does not read its stream is cut when so much waits for it, or for so long.
@@ -224,7 +224,7 @@ def listen_address(listen: str) -> tuple[str, int]:
     match = _HOST_AND_PORT.fullmatch(listen)
     if match is None or match["host"] == "*" or not 0 < int(match["port"]) < 65536:
         raise ConfigError(
-            f"`gateway.listen` {listen!r}: write HOST:PORT, such as 127.0.0.1:5580 (0.0.0.0:5580 "
+            f"`gateway.listen` {listen!r}: write HOST:PORT, such as 127.0.0.1:5700 (0.0.0.0:5700 "
             "for all addresses of this machine)"
         )
     return match["host"].strip("[]"), int(match["port"])

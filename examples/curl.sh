@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The gateway with curl. Start the system first with `chimera up`.
-#     bash examples/curl.sh http://127.0.0.1:5580/v1
+#     bash examples/curl.sh http://127.0.0.1:5700/v1
 set -euo pipefail
-url=${1:-http://127.0.0.1:5580/v1}
+url=${1:-http://127.0.0.1:5700/v1}
 get() { curl -sS --fail-with-body "$@"; echo; }
 post() { get -H "content-type: application/json" "$@"; }
 

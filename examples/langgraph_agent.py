@@ -1,6 +1,6 @@
 """A LangGraph agent: plan, solve, check, and solve once more if the check says no.
 
-    python examples/langgraph_agent.py http://127.0.0.1:5580/v1
+    python examples/langgraph_agent.py http://127.0.0.1:5700/v1
 
 Start the system first with `chimera up`; it needs `pip install langgraph langchain-openai`.
 """
@@ -119,7 +119,7 @@ def main(url: str) -> None:
 
 
 if __name__ == "__main__":
-    url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:5580/v1"
+    url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:5700/v1"
     try:
         main(url)
     except OpenAIError as error:

@@ -1,6 +1,6 @@
 """Solve a task in two calls with the OpenAI client: one workflow, and its outcome at the end.
 
-    python examples/openai_chat.py http://127.0.0.1:5580/v1
+    python examples/openai_chat.py http://127.0.0.1:5700/v1
 
 Start the system first with `chimera up`; it needs `pip install openai`.
 """
@@ -39,7 +39,7 @@ def ask(client: OpenAI, messages: list[dict[str, str]]) -> str:
 
 
 if __name__ == "__main__":
-    url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:5580/v1"
+    url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:5700/v1"
     try:
         main(url)
     except OpenAIError as error:

@@ -1,6 +1,6 @@
 """Stream several answers at once with the async OpenAI client; Chimera chooses each one's model.
 
-    python examples/openai_stream_async.py http://127.0.0.1:5580/v1
+    python examples/openai_stream_async.py http://127.0.0.1:5700/v1
 
 Start the system first with `chimera up`; it needs `pip install openai`.
 """
@@ -44,7 +44,7 @@ async def main(url: str) -> None:
 
 
 if __name__ == "__main__":
-    url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:5580/v1"
+    url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:5700/v1"
     try:
         asyncio.run(main(url))
     except OpenAIError as error:

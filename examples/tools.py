@@ -1,6 +1,6 @@
 """Let a model call a tool: the arguments always have the form that the tool asks for.
 
-    python examples/tools.py http://127.0.0.1:5580/v1
+    python examples/tools.py http://127.0.0.1:5700/v1
 
 Start the system first with `chimera up`; it needs `pip install openai`. The testbed's tiny models
 do not know tools: their arguments have the right form, but little sense.
@@ -58,7 +58,7 @@ def main(url: str) -> None:
 
 
 if __name__ == "__main__":
-    url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:5580/v1"
+    url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:5700/v1"
     try:
         main(url)
     except OpenAIError as error:

@@ -92,8 +92,8 @@ def test_an_unknown_key_is_named_with_the_nearest_one(
         ("[predictor]\nthreads = 0", "predictor.threads"),
         ("workers = 0", "workers"),
         ("workers = 65", "workers"),
-        ("gateway = 5580", "gateway"),
-        ("[gateway]\nlisten = 5580", "gateway.listen"),
+        ("gateway = 5700", "gateway"),
+        ("[gateway]\nlisten = 5700", "gateway.listen"),
         ("[gateway]\nprocesses = -1", "gateway.processes"),
         ("[gateway]\nprocesses = 257", "gateway.processes"),
         ("[gateway]\nslow_reader_s = 0", "gateway.slow_reader_s"),
@@ -146,7 +146,7 @@ def test_an_engine_elsewhere_needs_a_url(path: str) -> None:
 @pytest.mark.parametrize(
     ("listen", "host", "port"),
     [
-        ("127.0.0.1:5580", "127.0.0.1", 5580),
+        ("127.0.0.1:5700", "127.0.0.1", 5700),
         ("0.0.0.0:1", "0.0.0.0", 1),
         ("localhost:65535", "localhost", 65535),
         ("[::1]:80", "::1", 80),
@@ -161,9 +161,9 @@ def test_where_the_gateway_listens(listen: str, host: str, port: int) -> None:
     "listen",
     [
         "",
-        "5580",
-        ":5580",
-        "*:5580",
+        "5700",
+        ":5700",
+        "*:5700",
         "host:",
         "host:0",
         "host:65536",
@@ -186,7 +186,7 @@ def test_where_no_gateway_can_listen(listen: str) -> None:
         ("workers = 2\nback = 'tcp://127.0.0.1:65534'", "`back` of worker 1 .* above 65535"),
         ("[gateway]\nlisten = '127.0.0.1:5571'", "`gateway.listen` and `back` .* 5571"),
         ("[gateway]\nlisten = '0.0.0.0:5570'", "`gateway.listen` and `front` .* 5570"),
-        ("workers = 6", "`gateway.listen` and `front` of worker 5 .* 5580; write another port"),
+        ("workers = 6", "`gateway.listen` and `front` of worker 5 .* 5700; write another port"),
         ("front = 'tcp://127.0.0.1:7'\nback = 'tcp://127.0.0.1:7'", "`back` and `front` .* port 7"),
     ],
 )

@@ -312,7 +312,7 @@ def _listen(address: str, reuse_port: bool) -> socket.socket:
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise ValueError(f"`listen` must be HOST:PORT, such as 127.0.0.1:5580, not {address!r}")
+        raise ValueError(f"`listen` must be HOST:PORT, such as 127.0.0.1:5700, not {address!r}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:

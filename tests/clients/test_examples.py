@@ -44,7 +44,7 @@ def run(example: Path, address: str) -> subprocess.CompletedProcess[str]:
 def test_an_example_runs_as_written(testbed: Testbed, example: Path) -> None:
     text = example.read_text()
     assert f"examples/{example.name} " in text, "it does not say how to run it"
-    done = run(example, testbed.url if "5580/v1" in text else testbed.front)
+    done = run(example, testbed.url if "5700/v1" in text else testbed.front)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert re.search(SAYS[example.name], done.stdout, re.DOTALL), done.stdout
@@ -52,7 +52,7 @@ def test_an_example_runs_as_written(testbed: Testbed, example: Path) -> None:
 
 @pytest.mark.parametrize(
     "example",
-    [path for path in EXAMPLES if "5580/v1" in path.read_text()],
+    [path for path in EXAMPLES if "5700/v1" in path.read_text()],
     ids=lambda path: path.name,
 )
 def test_without_a_gateway_an_example_says_so_in_one_line(example: Path) -> None:
@@ -75,7 +75,7 @@ def test_the_commands_of_the_guide(testbed: Testbed) -> None:
     commands = re.findall(r"^```sh\n(curl .*?)^```", GUIDE, re.DOTALL | re.MULTILINE)
     assert len(commands) >= 8
     for command in commands:
-        here = command.replace("http://127.0.0.1:5580", testbed.root)
+        here = command.replace("http://127.0.0.1:5700", testbed.root)
         assert testbed.root in here
         script = f'curl() {{ command curl -sS --fail-with-body "$@"; }}\n{here}'
         done = subprocess.run(

@@ -22,7 +22,7 @@ def said(config: Config, gateways: bool = True) -> str:
 @pytest.mark.parametrize(
     ("listen", "url"),
     [
-        ("127.0.0.1:5580", "http://127.0.0.1:5580/v1"),
+        ("127.0.0.1:5700", "http://127.0.0.1:5700/v1"),
         ("0.0.0.0:80", "http://127.0.0.1:80/v1"),
         ("[::]:80", "http://[::1]:80/v1"),
         ("box.example:80", "http://box.example:80/v1"),

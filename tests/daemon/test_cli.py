@@ -128,14 +128,14 @@ def test_bad_engine_options(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--listen", "5580"], "write HOST:PORT, such as 127.0.0.1:5580"),
+        (["--listen", "5700"], "write HOST:PORT, such as 127.0.0.1:5700"),
         (["--connect", "localhost:5570"], "tcp://HOST:PORT"),
         (["--processes", "0"], "1 or more"),
         (["--processes", "two"], "--processes"),
         (["--processes", "1000"], "processes"),
         (["--spec", "{no json"], "JSON"),
         (["--spec", "[]"], "gateway: "),
-        (["--spec", '{"listn":"127.0.0.1:5580"}'], "listn"),
+        (["--spec", '{"listn":"127.0.0.1:5700"}'], "listn"),
         (["--no-such-option"], "--no-such-option"),
     ],
 )

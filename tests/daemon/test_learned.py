@@ -261,7 +261,7 @@ def test_texts_are_read_from_any_chat() -> None:
 def test_texts_are_read_from_completions() -> None:
     assert text_of(b'{"prompt": "Once upon"}') == text_of(body("Once upon"))
     assert "a time" in text_of(b'{"prompt": ["Once upon", "a time"]}')
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="got `int`"):
         text_of(b'{"prompt": [1, 2, 3]}')  # token ids
 
 

@@ -30,7 +30,7 @@ class Up:
         *,
         workers: int = 1,
         gateways: int = 0,
-        listen: str = "127.0.0.1:5580",
+        listen: str = "127.0.0.1:5700",
         **settings: object,
     ) -> None:
         self.folder = folder
