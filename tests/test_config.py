@@ -186,7 +186,10 @@ def test_where_no_gateway_can_listen(listen: str) -> None:
         ("workers = 2\nback = 'tcp://127.0.0.1:65534'", "`back` of worker 1 .* above 65535"),
         ("[gateway]\nlisten = '127.0.0.1:5571'", "`gateway.listen` and `back` .* 5571"),
         ("[gateway]\nlisten = '0.0.0.0:5570'", "`gateway.listen` and `front` .* 5570"),
-        ("workers = 6", "`gateway.listen` and `front` of worker 5 .* 5700; write another port"),
+        (
+            "workers = 6\n[gateway]\nlisten = '127.0.0.1:5580'",
+            "`gateway.listen` and `front` of worker 5 .* 5580; write another port",
+        ),
         ("front = 'tcp://127.0.0.1:7'\nback = 'tcp://127.0.0.1:7'", "`back` and `front` .* port 7"),
     ],
 )
@@ -198,7 +201,7 @@ def test_no_two_listen_on_one_port(text: str, says: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "workers = 5",
+        "workers = 64",  # the defaults leave room for all
         "workers = 64\n[gateway]\nprocesses = 0",
         "workers = 2\nfront = 'tcp://127.0.0.1:6000'\nback = 'tcp://127.0.0.1:6004'",
         "workers = 2\nfront = 'tcp://10.0.0.1:6000'\nback = 'tcp://10.0.0.2:6002'",
