@@ -6,7 +6,6 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, Literal
 
-import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
@@ -351,9 +350,10 @@ def test_what_cannot_succeed_is_not_tried_again(client: OpenAI, testbed: Testbed
     settings: dict[str, Any] = SETTINGS | {"extra_headers": {"x-chimera-workflow-id": workflow_id}}
     client.chat.completions.create(model="auto", **settings)
     client.post(f"/workflows/{workflow_id}/outcome", body={"success": True}, cast_to=dict)
-    sent: list[httpx.Request] = []
+    sent: list[object] = []
+    hooks = {"request": [sent.append]}
     with (
-        httpx.Client(event_hooks={"request": [sent.append]}) as http,
+        openai.DefaultHttpxClient(event_hooks=hooks) as http,
         OpenAI(
             base_url=testbed.url, api_key="unused", max_retries=3, http_client=http
         ) as persistent,
