@@ -3,6 +3,7 @@
 Counting is a logarithm and an addition, so that it may be done for every stage. Knows no clock.
 """
 
+from collections.abc import Sequence
 from math import log2
 from typing import Any
 
@@ -28,33 +29,35 @@ class Durations:
         index = int(_PER_OCTAVE * log2(ticks)) + 1 if ticks > 1.0 else 0
         self._buckets[index if index < _BUCKETS else _BUCKETS - 1] += 1
 
-    def quantile(self, level: float) -> float:
-        """In seconds, at most a fifth too high; 0 if nothing was seen."""
-        wanted, seen = level * self.count, 0
-        for index, count in enumerate(self._buckets):
-            seen += count
-            if count and seen >= wanted:
-                return _bound_s(index)
-        return 0.0
-
-    def octaves(self) -> list[tuple[float, int]]:
-        """(bound in seconds, how many were no longer), for bounds that double."""
-        seen, told = 0, list[tuple[float, int]]()
-        for index, count in enumerate(self._buckets):
-            seen += count
-            if index % _PER_OCTAVE == 0:
-                told.append((_bound_s(index), seen))
-        return told
-
     def snapshot(self) -> dict[str, Any]:
         """For `chimera status` and metrics."""
         return {
             "count": self.count,
             "sum_s": self.sum_s,
-            "p50_s": self.quantile(0.5),
-            "p99_s": self.quantile(0.99),
-            "octaves": self.octaves(),
+            "p50_s": quantile(self._buckets, 0.5),
+            "p99_s": quantile(self._buckets, 0.99),
+            "buckets": self._buckets.copy(),
         }
+
+
+def quantile(buckets: Sequence[int], level: float) -> float:
+    """In seconds, at most a fifth too high; 0 if nothing was seen."""
+    wanted, seen = level * sum(buckets), 0
+    for index, count in enumerate(buckets):
+        seen += count
+        if count and seen >= wanted:
+            return _bound_s(index)
+    return 0.0
+
+
+def octaves(buckets: Sequence[int]) -> list[tuple[float, int]]:
+    """(bound in seconds, how many were no longer), for bounds that double."""
+    seen, told = 0, list[tuple[float, int]]()
+    for index, count in enumerate(buckets):
+        seen += count
+        if index % _PER_OCTAVE == 0:
+            told.append((_bound_s(index), seen))
+    return told
 
 
 def _bound_s(index: int) -> float:

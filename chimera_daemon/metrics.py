@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from chimera_daemon import __version__
 from chimera_daemon.board import ENGINE_VALUES, GATEWAY_KEY, GATEWAY_VALUES, Row
+from chimera_daemon.durations import octaves
 from chimera_daemon.status import Status, snapshots
 
 Kind = Literal["counter", "gauge", "histogram"]
@@ -145,7 +146,7 @@ def _worker(page: _Page, worker: str, snapshot: Mapping[str, Any]) -> None:
 def _decisions(page: _Page, worker: str, decisions: Mapping[str, Any]) -> None:
     name = "decision_seconds"
     page.head(name, "histogram", "From submission to dispatch, of stages that need not wait.")
-    for bound_s, count in decisions["octaves"]:
+    for bound_s, count in octaves(decisions["buckets"]):
         page.part(f"{name}_bucket", name, count, worker=worker, le=f"{bound_s:.6g}")
     page.part(f"{name}_bucket", name, decisions["count"], worker=worker, le="+Inf")
     page.part(f"{name}_sum", name, decisions["sum_s"], worker=worker)

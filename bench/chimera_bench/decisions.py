@@ -1,8 +1,9 @@
 """`chimera bench overhead --decisions`: how long a decision takes at a given rate of stages.
 
-Submits stages at random times, whatever comes back, and is itself the engines: a stage counts from
-its submission to the arrival of its `Run`, on one clock. Two hops over sockets are in that, and
-this process; so the same is measured of a bare socket that answers at once.
+Submits stages at random times, whatever comes back. A stage counts from its submission here to its
+arrival at an engine, which says when that was. Two hops over sockets are in that, which the daemon
+has no part in; so a bare socket is measured too, one hop away, and the daemon says itself how long
+it took from having read a stage to having handed it to its other socket.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import asyncio
 import contextlib
 import random
 import secrets
+import select
 import statistics
 import time
 from collections import Counter
@@ -22,32 +24,27 @@ from chimera_bench import doors, process_costs
 from chimera_bench.loads import MAX_TOKENS, MESSAGES
 from chimera_bench.paths import positive
 from chimera_daemon import wire
-from chimera_daemon.channel import Channel, make_socket
+from chimera_daemon.channel import make_socket
+from chimera_daemon.client import connect
+from chimera_daemon.durations import quantile
 from chimera_daemon.messages import (
     PROTOCOL_VERSION,
     Completion,
-    EngineFinished,
-    EngineStats,
     Failure,
-    Heartbeat,
     Ping,
-    Profile,
-    Register,
     Result,
-    Run,
     Submit,
-    Usage,
 )
 
-_MODELS = ("small", "large")
-_SLOTS = 1024
-_CONTEXT_TOKENS = 32_768
-_HEARTBEAT_S = 0.5
-_DIGITS = 10  # of a stage's number, at the end of its payload
-_SETTLE_S = 1.0  # before stages count, and after the last one
+_SETTLE_S = 1.0  # before stages count
+_PATIENCE_S = 5.0  # for the last answers
 _SEED = 0
 _HWM = 100_000
-_HEAD = f"{'':22} {'p50 µs':>8} {'p99 µs':>8} {'late p99':>9} {'stages/s':>9} {'daemon CPU':>11}"
+_HEAD = (
+    f"{'':22} {'p50 µs':>8} {'p99 µs':>8} {'late p99':>9} {'stages/s':>9} {'daemon CPU':>11} "
+    f"{'by itself p50':>14} {'p99':>6}"
+)
+_decode_answer = msgspec.json.Decoder(Completion).decode
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,14 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 async def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for the bare socket and one for the daemon, which take turns. Raises ConfigError."""
-    sides = ("bare socket", "daemon")
+    sides = ("bare socket, one hop", "daemon, two hops")
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     errors: Counter[str] = Counter()
+    settings = {"policy": f'"{arguments.policy}"'}
     with contextlib.ExitStack() as stack:
-        bare = stack.enter_context(doors.static_zmq())
-        door, _ = stack.enter_context(
-            doors.chimera([], settings={"policy": f'"{arguments.policy}"'})
-        )
+        bare = stack.enter_context(doors.static_zmq(stamps=True))
+        served = doors.chimera([], statics=doors.STATICS, stamps=True, settings=settings)
+        door, _ = stack.enter_context(served)
         for number in range(arguments.runs):
             for side, each in zip(sides, (bare, door), strict=True):
                 arrivals = Arrivals(each, arguments.decisions, _SEED + number)
@@ -83,59 +80,82 @@ async def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             values = sorted(run[name] for run in runs[side])
             row |= {name: statistics.median(values), f"{name}_max": values[-1]}
         rows.append(row)
-        print(f"{side:22} {row['p50_us']:8,.0f} {row['p99_us']:8,.0f} {row['late_p99_us']:9,.0f} "
-              f"{row['stages_per_s']:9,.0f} {row['cpu']:11.0%}")  # fmt: skip
+        print(_line(row))
     if errors:
         print(f"ERRORS: {dict(errors)}")
     return rows
 
 
+def _line(row: dict[str, Any]) -> str:
+    line = (
+        f"{row['side']:22} {row['p50_us']:8,.0f} {row['p99_us']:8,.0f} {row['late_p99_us']:9,.0f} "
+        f"{row['stages_per_s']:9,.0f} {row['cpu']:11.0%}"
+    )
+    if "own_p99_us" in row:
+        line += f" {row['own_p50_us']:14,.0f} {row['own_p99_us']:6,.0f}"
+    return line
+
+
 class Arrivals:
-    """Stages that arrive as a Poisson process, and the engines that they are dispatched to."""
+    """Stages that arrive as a Poisson process."""
 
     def __init__(self, door: doors.Door, per_s: float, seed: int) -> None:
         self.errors: Counter[str] = Counter()
-        self.door, self._per_s = door, per_s
+        self._door, self._per_s = door, per_s
         self._random = random.Random(seed)
-        self._loop = asyncio.get_running_loop()
-        self._sent_s: list[float] = []
+        self._name = secrets.token_hex(6)
+        self._sent = 0
+        self._under_way: dict[str, float] = {}  # when they left
         self._took_s: list[float] = []
         self._late_s: list[float] = []  # of this process, behind the time that was drawn
-        self._answered = 0
-        self._name = secrets.token_hex(6)
-        body = msgspec.json.encode({"messages": MESSAGES, "max_tokens": MAX_TOKENS})
-        self._payload = body[:-1] + b',"number":"%s"}'
-        self._tail = slice(-_DIGITS - 2, -2)
+        self._payload = msgspec.json.encode({"messages": MESSAGES, "max_tokens": MAX_TOKENS})
 
     async def run(self, seconds: float) -> dict[str, float]:
         """Percentiles of one run."""
         context: zmq.Context[Any] = zmq.Context()
         identity = secrets.token_bytes(16).replace(b"\0", b"1")
-        socket = make_socket(context, zmq.DEALER, hwm=_HWM, identity=identity)
-        socket.connect(self.door.address)
-        self._front = Channel(socket, self._on_front)
-        self._front.send((wire.encode(Ping(PROTOCOL_VERSION)),))
-        engines = [_Engine(self, context, model) for model in _MODELS if self.door.pid]
+        self._socket = make_socket(context, zmq.DEALER, hwm=_HWM, identity=identity)
         try:
-            await asyncio.sleep(_SETTLE_S)
-            await self._send(_SETTLE_S)
-            return await self._send(seconds)
+            self._socket.connect(self._door.address)
+            self._socket.send(wire.encode(Ping(PROTOCOL_VERSION)))
+            await asyncio.to_thread(self._send, _SETTLE_S)
+            own = await self._own()
+            figures = await asyncio.to_thread(self._send, seconds)
+            if own:
+                counted = [now - then for now, then in zip(await self._own(), own, strict=True)]
+                for name, level in (("own_p50_us", 0.5), ("own_p99_us", 0.99)):
+                    figures[name] = 1e6 * quantile(counted, level)
+                figures["own_count"] = sum(counted)
+            return figures
         finally:
-            for engine in engines:
-                engine.close()
-            self._front.close()
+            self._socket.close(linger=0)
             context.term()
 
-    async def _send(self, seconds: float) -> dict[str, float]:
-        cpu_s, started_s = process_costs.cpu_s(self.door.pid), time.perf_counter()
+    async def _own(self) -> list[int]:
+        """The daemon's own count, in the buckets of `durations`; none of a bare socket."""
+        if not self._door.pid:
+            return []
+        async with connect(self._door.address, timeout_s=_PATIENCE_S) as client:
+            return (await client.status())["decisions"]["buckets"]
+
+    def _send(self, seconds: float) -> dict[str, float]:
+        """Waits in `select`: timers of an event loop are too coarse."""
         self._took_s.clear()
         self._late_s.clear()
-        await asyncio.to_thread(self._keep_time, seconds)
+        cpu_s, started_s = process_costs.cpu_s(self._door.pid), time.perf_counter()
+        due_s, end_s = started_s, started_s + seconds
+        while due_s < end_s:
+            self._read_until(due_s)
+            self._submit(due_s)
+            due_s += self._random.expovariate(self._per_s)
         spent_s = time.perf_counter() - started_s
-        cpu_s = process_costs.cpu_s(self.door.pid) - cpu_s
-        await asyncio.sleep(_SETTLE_S)
-        if self._answered < len(self._sent_s):
-            self.errors["no answer"] += len(self._sent_s) - self._answered
+        cpu_s = process_costs.cpu_s(self._door.pid) - cpu_s
+        patient_s = time.perf_counter() + _PATIENCE_S
+        while self._under_way and time.perf_counter() < patient_s:
+            self._read_until(time.perf_counter() + 0.01)
+        if self._under_way:
+            self.errors["no answer"] += len(self._under_way)
+            self._under_way.clear()
         self._took_s.sort()
         self._late_s.sort()
         return {
@@ -146,72 +166,29 @@ class Arrivals:
             "cpu": cpu_s / spent_s,
         }
 
-    def _keep_time(self, seconds: float) -> None:
-        """Runs in a thread: timers of the event loop are too coarse."""
-        due_s = time.perf_counter()
-        end_s = due_s + seconds
-        while due_s < end_s:
-            pause_s = due_s - time.perf_counter()
-            if pause_s > 0.0:
-                time.sleep(pause_s)
-            self._loop.call_soon_threadsafe(self._submit, due_s)
-            due_s += self._random.expovariate(self._per_s)
-
     def _submit(self, due_s: float) -> None:
-        number = len(self._sent_s)
-        name = f"{self._name}-{number}"
+        self._sent += 1
+        name = f"{self._name}-{self._sent}"
         submit = Submit(name, name, max_tokens=MAX_TOKENS, last=True)
-        payload = self._payload % b"%0*d" % (_DIGITS, number)
-        now_s = time.perf_counter()
-        self._sent_s.append(now_s)
+        now_s = self._under_way[name] = time.perf_counter()
         self._late_s.append(now_s - due_s)
-        self._front.send((wire.encode(submit), payload))
+        self._socket.send_multipart((wire.encode(submit), self._payload))
 
-    def arrived(self, payload: bytes) -> None:
-        """This stage is at an engine."""
-        self._took_s.append(time.perf_counter() - self._sent_s[int(payload[self._tail])])
-
-    def _on_front(self, frames: list[bytes]) -> None:
-        message = wire.decode_client(frames[0])
-        if isinstance(message, Result):
-            self._answered += 1
-            if not self.door.pid:
-                number = int(message.request_id.rpartition("-")[2])
-                self._took_s.append(time.perf_counter() - self._sent_s[number])
-        elif isinstance(message, Failure):
-            self.errors[message.code] += 1
-
-
-class _Engine:
-    """An engine host that answers at once and looks at nothing."""
-
-    def __init__(self, arrivals: Arrivals, context: "zmq.Context[Any]", model: str) -> None:
-        self._arrivals = arrivals
-        self._model, self._incarnation = model, secrets.randbits(48)
-        self._loop = asyncio.get_running_loop()
-        self._payload = msgspec.json.encode(Completion("21"))
-        socket = make_socket(context, zmq.DEALER, hwm=_HWM, identity=secrets.token_hex(8).encode())
-        socket.connect(arrivals.door.back)
-        self._channel = Channel(socket, self._on_frames)
-        register = Register(
-            model, self._incarnation, model, "bench", _SLOTS, _CONTEXT_TOKENS, Profile(),
-            PROTOCOL_VERSION,
-        )  # fmt: skip
-        self._channel.send((wire.encode(register),))
-        self._beat()
-
-    def close(self) -> None:
-        self._timer.cancel()
-        self._channel.close()
-
-    def _beat(self) -> None:
-        beat = Heartbeat(self._model, self._incarnation, EngineStats())
-        self._channel.send((wire.encode(beat),))
-        self._timer = self._loop.call_later(_HEARTBEAT_S, self._beat)
+    def _read_until(self, due_s: float) -> None:
+        """Take answers until then; returns at once where it is past."""
+        while True:
+            while self._socket.poll(0):
+                self._on_frames(self._socket.recv_multipart())
+            pause_s = due_s - time.perf_counter()
+            if pause_s <= 0.0:
+                return
+            select.select((self._socket,), (), (), pause_s)
 
     def _on_frames(self, frames: list[bytes]) -> None:
-        message = wire.decode_engine(frames[0])
-        if isinstance(message, Run):
-            self._arrivals.arrived(frames[1])
-            done = EngineFinished(message.attempt_id, Usage(48, MAX_TOKENS), "stop")
-            self._channel.send((wire.encode(done), self._payload))
+        message = wire.decode_client(frames[0])
+        if isinstance(message, Result):
+            left_s = self._under_way.pop(message.request_id)
+            self._took_s.append(float(_decode_answer(frames[1]).text) - left_s)
+        elif isinstance(message, Failure):
+            self._under_way.pop(message.request_id, None)
+            self.errors[message.code] += 1

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chimera_bench import process_costs, static_backend
+from chimera_bench import process_costs, static_backend, static_engines
 from chimera_bench.loads import MAX_TOKENS, MESSAGES
 from chimera_daemon.client import ChimeraError, connect_sync
 from chimera_daemon.config import ConfigError
@@ -37,7 +37,7 @@ class Door(NamedTuple):
     address: str  # HOST:PORT, or of ZeroMQ
     pid: int
     version: str = ""
-    back: str = ""  # of a daemon: where engines join
+    hosts: tuple[int, ...] = ()  # engine hosts that are not its children
 
 
 # Backends alone.
@@ -56,12 +56,12 @@ def static_http() -> Iterator[Door]:
 
 
 @contextlib.contextmanager
-def static_zmq() -> Iterator[Door]:
-    """A bare ZeroMQ socket that answers as a daemon would."""
+def static_zmq(*, stamps: bool = False) -> Iterator[Door]:
+    """A bare ZeroMQ socket that answers as a daemon would; ``stamps`` as in `static_engines`."""
     with tempfile.TemporaryDirectory(prefix="chimera-") as folder:
         path = Path(folder) / "front"
         command = [sys.executable, "-m", static_backend.__name__, "--zmq", f"ipc://{path}"]
-        with _ended(subprocess.Popen(command)) as process:
+        with _ended(subprocess.Popen(command + ["--stamps"] * stamps)) as process:
             _until(path.exists, process, "the bare ZeroMQ socket", None)
             yield Door(f"ipc://{path}", 0)
 
@@ -79,14 +79,7 @@ class Engine(NamedTuple):
 
 
 ECHOES = (Engine("small"), Engine("large"))
-
-
-def ticking(engines: Sequence[Engine], step_s: float = 1e-6) -> list[Engine]:
-    """Echo engines with a token clock, which stream each token by itself.
-
-    As it is, the clock takes no longer than one round of the engine's event loop.
-    """
-    return [engine._replace(args=f"{engine.args}, step_s = {step_s}") for engine in engines]
+STATICS = ("small", "large")
 
 
 def remote(backend: Door, slots: int) -> Engine:
@@ -99,13 +92,16 @@ def remote(backend: Door, slots: int) -> Engine:
 def chimera(
     engines: Sequence[Engine],
     *,
+    statics: Sequence[str] = (),
+    stamps: bool = False,
     gateways: int = 0,
     workers: int = 1,
     settings: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[Door, Door]]:
     """`chimera up` on private addresses: its ZeroMQ door, and its HTTP door with ``gateways``.
 
-    ``settings`` are further lines of the configuration, values as TOML.
+    ``engines`` are its own; ``statics`` are names of those that one process beside it has, and
+    ``stamps`` as there. ``settings`` are further lines of the configuration, values as TOML.
     """
     with tempfile.TemporaryDirectory(prefix="chimera-") as folder:
         front = Path(folder) / "front"
@@ -121,13 +117,27 @@ def chimera(
         config = Path(folder) / "bench.toml"
         config.write_text("\n".join(lines))
         command = [sys.executable, "-m", "chimera_daemon", "--log-level", "warning", "up"]
-        with _logged([*command, str(config)], Path(folder)) as (process, log):
+        with contextlib.ExitStack() as stack:
+            process, log = stack.enter_context(_logged([*command, str(config)], Path(folder)))
             _until(front.exists, process, "the daemon", log)
-            _until(lambda: _joined(front, len(engines)), process, "an engine", log)
+            hosts: tuple[int, ...] = ()
+            if statics:
+                started = _static_engines(f"ipc://{folder}/back", statics, stamps)
+                hosts = (stack.enter_context(started),)
+            count = len(engines) + len(statics)
+            _until(lambda: _joined(front, count), process, "an engine", log)
             if gateways:
                 _until(lambda: _answers(listen, "auto") is not None, process, "the gateway", log)
-            over_zmq = Door(f"ipc://{front}", process.pid, back=f"ipc://{folder}/back")
-            yield over_zmq, Door(listen, process.pid)
+            over_zmq = Door(f"ipc://{front}", process.pid, hosts=hosts)
+            yield over_zmq, Door(listen, process.pid, hosts=hosts)
+
+
+@contextlib.contextmanager
+def _static_engines(back: str, names: Sequence[str], stamps: bool) -> Iterator[int]:
+    """A process with these engines; its id."""
+    command = [sys.executable, "-m", static_engines.__name__, "--connect", back, *names]
+    with _ended(subprocess.Popen(command + ["--stamps"] * stamps)) as process:
+        yield process.pid
 
 
 # Others.

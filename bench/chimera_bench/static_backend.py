@@ -8,6 +8,7 @@ event of a stream is written by itself, as engines do. They are no language mode
 import argparse
 import asyncio
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from msgspec import Struct
 
 from chimera_daemon import wire
 from chimera_daemon.channel import Channel, make_socket
+from chimera_daemon.engines.payload import encode_completion
 from chimera_daemon.messages import (
     Chunk,
     Ping,
@@ -34,6 +36,7 @@ MODEL = "static"
 WORDS = tuple(f"w{i}" for i in range(16))
 TEXT = " ".join(WORDS)
 _PROMPT_TOKENS = 48
+USAGE = Usage(_PROMPT_TOKENS, len(WORDS))
 _HWM = 100_000
 _MAX_PAYLOAD_BYTES = 1 << 20
 _HEARTBEAT_S = 1.0
@@ -78,11 +81,11 @@ def _named(kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _usage() -> dict[str, int]:
-    total = _PROMPT_TOKENS + len(WORDS)
+    prompt, output = USAGE.prompt_tokens, USAGE.output_tokens
     return {
-        "prompt_tokens": _PROMPT_TOKENS,
-        "completion_tokens": len(WORDS),
-        "total_tokens": total,
+        "prompt_tokens": prompt,
+        "completion_tokens": output,
+        "total_tokens": prompt + output,
     }
 
 
@@ -175,15 +178,18 @@ async def serve_http(on_port: Callable[[int], object], port: int = 0) -> None:
 
 
 class _Front:
-    """Answers a stage at once where a daemon would choose an engine for it."""
+    """Answers a stage at once where a daemon would choose an engine for it.
 
-    def __init__(self, context: "zmq.Context[Any]", address: str) -> None:
+    ``stamps``: with the time of its arrival, as `static_engines.StaticBackend`.
+    """
+
+    def __init__(self, context: "zmq.Context[Any]", address: str, stamps: bool) -> None:
+        self._stamps = stamps
         socket = make_socket(context, zmq.ROUTER, hwm=_HWM)
         socket.bind(address)
         self._channel = Channel(socket, self._on_frames)
         self._plain, self._chunks = completion(), chunks()
         self._streamed = _json(Streamed(len(self._chunks)))
-        self._usage = Usage(_PROMPT_TOKENS, len(WORDS))
         self._receipt = Receipt("none", "prior", MODEL, "no choice", ())
 
     def close(self) -> None:
@@ -196,20 +202,20 @@ class _Front:
             send((identity, wire.encode(Pong(MODEL, _HEARTBEAT_S, _MAX_PAYLOAD_BYTES))))
         elif isinstance(message, Submit):
             answer = self._plain
-            if message.stream:
+            if self._stamps:
+                answer = encode_completion(str(time.perf_counter()))
+            elif message.stream:
                 for i, chunk in enumerate(self._chunks):
                     send((identity, wire.encode(Chunk(message.request_id, 1, i)), chunk))
                 answer = self._streamed
-            result = Result(
-                message.request_id, MODEL, MODEL, self._usage, "stop", self._receipt
-            )  # fmt: skip
+            result = Result(message.request_id, MODEL, MODEL, USAGE, "stop", self._receipt)
             send((identity, wire.encode(result), answer))
 
 
-async def serve_zmq(address: str) -> None:
+async def serve_zmq(address: str, *, stamps: bool = False) -> None:
     """Serve until cancelled at this address."""
     context: zmq.Context[Any] = zmq.Context()
-    front = _Front(context, address)
+    front = _Front(context, address, stamps)
     try:
         await asyncio.Event().wait()
     finally:
@@ -221,10 +227,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Serve HTTP and print the port, or ZeroMQ at an address, until a signal ends the process."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--zmq", metavar="ADDRESS", help="speak the front protocol there instead")
+    parser.add_argument("--stamps", action="store_true", help="answer with the time of arrival")
     parser.add_argument("--port", type=int, default=0, help="0: a free one")
     arguments = parser.parse_args(argv)
     if arguments.zmq is not None:
-        uvloop.run(serve_zmq(arguments.zmq))
+        uvloop.run(serve_zmq(arguments.zmq, stamps=arguments.stamps))
     else:
         uvloop.run(serve_http(lambda port: print(port, flush=True), arguments.port))
 

@@ -48,7 +48,7 @@ def program(path: Path, text: str) -> Path:
 
 @pytest.mark.parametrize(
     ("form", "chosen"),
-    [("plain", ("http-remote", "zmq-echo")), ("stream", ("http-echo", "client-echo"))],
+    [("plain", ("proxy", "zmq")), ("stream", ("http", "client"))],
 )
 def test_our_doors_beside_another_router(
     form: str,
@@ -123,7 +123,7 @@ def test_wrong_answers_end_with_an_exit_code_and_stand_in_the_row(
         return [measured]
 
     monkeypatch.setattr(paths, "measure", measure)
-    assert overhead.run(arguments("--paths", "zmq-echo")) == 1
+    assert overhead.run(arguments("--paths", "zmq")) == 1
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_wrong_answers_end_with_an_exit_code_and_stand_in_the_row(
     [
         (("--peer", "nginx=/usr/bin/nginx"), "vllm-router=/path/to/vllm-router"),
         (("--peer", "vllm-router"), "write vllm-router="),
-        (("--paths", "carrier-pigeon"), "zmq-echo"),
+        (("--paths", "carrier-pigeon"), "zmq"),
         (("--forms", "cuneiform"), "plain"),
         (("--cpus", "none"), "write numbers"),
         (("--cpus", "0,9999"), "this machine has"),
@@ -185,7 +185,9 @@ def test_decisions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert (row["asked_per_s"], row["runs"]) == (300.0, 2)
         assert 0 < row["p50_us"] <= row["p99_us"] <= row["p99_us_max"]
         assert 0 < row["stages_per_s"] < 600
-    assert (bare["side"], daemon["side"]) == ("bare socket", "daemon")
+    assert (bare["side"], daemon["side"]) == ("bare socket, one hop", "daemon, two hops")
+    assert 0 < daemon["own_p50_us"] <= daemon["own_p99_us"] <= 1.2 * daemon["p99_us_max"]
+    assert 0 < daemon["own_count"] <= daemon["stages_per_s_max"] * 0.5
     assert "late p99" in capsys.readouterr().out
 
 
