@@ -85,6 +85,8 @@ _SAMPLE = 4
 _NAP_S = 0.01
 # Models without an engine are remembered up to this many times `max_engines`.
 _MODELS_PER_ENGINE = 4
+# An engine that wants a pause gets no longer one, whatever it asks for.
+_LONGEST_REST_S = 30.0
 # A free workflow on an idle engine would make the price of a second infinite.
 _MIN_IDLE_LATENCY_S = 1e-6
 # An engine that states no context size.
@@ -120,6 +122,7 @@ class Scheduler:
         self._placeable: list[ModelView] = []  # views of models with engines, in order of joining
         self._smallest_context = _ANY_CONTEXT
         self._engines: dict[str, Engine] = {}
+        self._resting: dict[str, Engine] = {}
         self._live: dict[StageKey, LiveStage] = {}
         # Ordered dicts where the oldest is removed: a plain dict looks through its removed entries.
         self._unplaced: OrderedDict[StageKey, LiveStage] = OrderedDict()  # longest waiting first
@@ -521,11 +524,20 @@ class Scheduler:
             return
         self._release(attempt)
         attempt.live.avoid = attempt.engine.engine_id
-        self._retry_or_fail(attempt, event.code, event.message, event.retryable)
+        if event.retry_after_s:
+            self._rest(attempt.engine, event.retry_after_s)
+        self._retry_or_fail(
+            attempt, event.code, event.message, event.retryable, event.retry_after_s
+        )
         self._fill(attempt.engine.model, attempt.engine)
 
     def _retry_or_fail(
-        self, attempt: Attempt, code: ErrorCode, message: str, retryable: bool
+        self,
+        attempt: Attempt,
+        code: ErrorCode,
+        message: str,
+        retryable: bool,
+        retry_after_s: float | None = None,
     ) -> None:
         """Again elsewhere, if that can help, is allowed, and the client has seen nothing yet."""
         live = attempt.live
@@ -533,7 +545,7 @@ class Scheduler:
         if not retryable or visible or live.attempts >= self._config.max_attempts:
             if retryable and live.attempts >= self._config.max_attempts:
                 message = f"{message} (attempt {live.attempts}, the last)"
-            self._fail(live, code, message, retryable)
+            self._fail(live, code, message, retryable, retry_after_s)
             return
         self.counters["requeued"] += 1
         self._waiting += 1
@@ -593,11 +605,18 @@ class Scheduler:
         self._answered_bytes -= self._answered.pop(key)[1]
         self._out.append(Forget(key))
 
-    def _fail(self, live: LiveStage, code: ErrorCode, message: str, retryable: bool) -> None:
+    def _fail(
+        self,
+        live: LiveStage,
+        code: ErrorCode,
+        message: str,
+        retryable: bool,
+        retry_after_s: float | None = None,
+    ) -> None:
         """Answer a stage that is in no queue and at no engine with an error."""
         self.counters["failed"] += 1
         self.counters["failed_" + code] += 1
-        self._out.append(Fail(live.key, code, message, retryable))
+        self._out.append(Fail(live.key, code, message, retryable, retry_after_s))
         self._answer(live, len(message))
 
     def _cancelled(self, event: StageCancelled) -> None:
@@ -695,9 +714,38 @@ class Scheduler:
         self.counters["engines_registered"] += 1
         self._recompute(model)
         self._fill(model)
+        self._place_again()
+
+    def _place_again(self) -> None:
+        """For what had no engine there may be one now."""
         for live in list(self._unplaced.values()):
             del self._unplaced[live.key]
             self._place(live)
+
+    def _rest(self, engine: Engine, seconds: float) -> None:
+        """No new work for so long. Other models come first, if there are any that do not rest."""
+        until_s = self._now + min(seconds, _LONGEST_REST_S)
+        if engine.draining or (engine.rests_until_s or 0.0) >= until_s:
+            return
+        self.counters["rests"] += engine.rests_until_s is None
+        engine.rests_until_s = until_s
+        self._resting[engine.engine_id] = engine
+        self._share(engine, 0)
+        self._recompute(engine.model)
+        self._arm(until_s)
+
+    def _rested(self, engine: Engine) -> None:
+        """It takes work again."""
+        engine.rests_until_s = None
+        del self._resting[engine.engine_id]
+        self._share(engine, max(1, engine.max_inflight - engine.others))
+        self._recompute(engine.model)
+        self._fill(engine.model)
+
+    def _share(self, engine: Engine, share: int) -> None:
+        """Set how many attempts it may have; the caller makes the model's view agree."""
+        engine.share = 0 if engine.rests_until_s is not None else share
+        engine.limit = max(engine.share, len(engine.running))
 
     def _forget_models(self) -> None:
         """Bound the models that are remembered although no engine serves them any more."""
@@ -727,7 +775,9 @@ class Scheduler:
             full_step = view.step_s + view.step_per_seq_s * view.slots_each
             view.full_s_per_token = max(full_step / view.slots_each, 1e-9)
             view.context_tokens = min(e.context_tokens or _ANY_CONTEXT for e in engines)
-        self._placeable = [m.view for m in self._models.values() if m.engines]
+        serving = [m for m in self._models.values() if m.engines]
+        awake = [m for m in serving if any(e.rests_until_s is None for e in m.engines.values())]
+        self._placeable = [m.view for m in awake or serving]
         self._smallest_context = min((v.context_tokens for v in self._placeable), default=0)
 
     def _reported(self, event: EngineReported) -> None:
@@ -778,8 +828,7 @@ class Scheduler:
             for engine in model.engines.values():
                 engine.others = event.engines.get(engine.engine_id, 0)
                 free = engine.max_inflight - engine.others
-                engine.share = max(1, min(ceil(part * engine.max_inflight), free))
-                engine.limit = max(engine.share, len(engine.running))
+                self._share(engine, max(1, min(ceil(part * engine.max_inflight), free)))
                 slots += engine.limit
                 foreign += engine.foreign + engine.others
             view.slots, view.foreign = slots, foreign
@@ -793,6 +842,7 @@ class Scheduler:
 
     def _remove_engine(self, engine: Engine, reason: str) -> None:
         del self._engines[engine.engine_id]
+        self._resting.pop(engine.engine_id, None)
         if engine.engine_id in engine.model.engines:
             self._withdraw(engine)
         message = f"engine {engine.engine_id!r} was lost: {reason}"
@@ -804,6 +854,7 @@ class Scheduler:
         """No new work for this engine. Without any engine the model's queue is placed anew."""
         model = engine.model
         del model.engines[engine.engine_id]
+        self._resting.pop(engine.engine_id, None)
         self._recompute(model)
         if not model.engines:
             for live in sorted(model.queue.items(), key=lambda s: s.arrival):
@@ -833,6 +884,11 @@ class Scheduler:
             wanted = f"model {live.stage.model!r}" if live.stage.model else "any model"
             message = f"no engine of {wanted} came within {config.no_engine_s:g} s"
             self._fail(live, "no_engine", message, True)
+        rested = [e for e in self._resting.values() if (e.rests_until_s or now) <= now]
+        for engine in rested:
+            self._rested(engine)
+        if rested:
+            self._place_again()
         while self._idle:
             workflow = next(iter(self._idle.values()))
             if workflow.idle_since_s + config.workflow_idle_s > now:
@@ -850,6 +906,7 @@ class Scheduler:
             due.append(next(iter(self._unplaced.values())).unplaced_s + config.no_engine_s)
         if self._idle:
             due.append(next(iter(self._idle.values())).idle_since_s + config.workflow_idle_s)
+        due += [engine.rests_until_s or self._now for engine in self._resting.values()]
         if due:
             self._arm(max(min(due), self._now + _NAP_S))
 
@@ -913,6 +970,9 @@ class Scheduler:
             assert len(engine.running) <= engine.limit <= engine.max_inflight
             assert engine.limit == max(engine.share, len(engine.running)) or engine.draining
             assert (engine_id in engine.model.engines) == (not engine.draining)
+            rests = engine.rests_until_s is not None and not engine.draining
+            assert (engine_id in self._resting) == rests
+            assert not rests or engine.share == 0
             assert abs(engine.owed - sum(a.owed for a in engine.running.values())) < 1e-3
             for attempt_id, attempt in engine.running.items():
                 assert self._attempts[attempt_id] is attempt
@@ -944,7 +1004,9 @@ class Scheduler:
         claims = [s.claim for s in placed if s.model == name]
         assert view.claims == len(claims)
         assert abs(view.claimed_tokens - sum(claims)) < 1e-3
-        assert (view in self._placeable) == bool(engines)
+        awake = any(e.rests_until_s is None for e in engines)
+        all_rest = len(self._resting) == sum(len(m.engines) for m in self._models.values())
+        assert (view in self._placeable) == (awake or (all_rest and bool(engines)))
 
     def _check_bounds(self) -> None:
         config = self._config
@@ -956,7 +1018,8 @@ class Scheduler:
         assert len(self._answered) == len(self._answered_order) <= config.reply_keep
         assert self._answered_bytes == sum(size for _, size in self._answered.values())
         assert self._idle == {k: w for k, w in self._workflows.items() if not w.live}
-        assert self._armed_s is not None or not (self._answered or self._unplaced or self._idle)
+        timed = self._answered or self._unplaced or self._idle or self._resting
+        assert self._armed_s is not None or not timed
         if self._learned is not None:
             self._learned.check(self._workflows)
 
@@ -984,6 +1047,7 @@ def _engine_row(engine: Engine) -> dict[str, Any]:
         "engine": engine.engine_id,
         "model": engine.model.view.name,
         "draining": engine.draining,
+        "resting": engine.rests_until_s is not None,
         "running": len(engine.running),
         "max_inflight": engine.max_inflight,
         "predicted_tokens": engine.owed,

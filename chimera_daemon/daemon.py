@@ -185,6 +185,7 @@ class Daemon:
         # Stands in where the predictor fails, so it learns alongside.
         self._prior = prior or PriorPredictor(config)
         self._predictor: Predictor = predictor or self._prior
+        self._instant = predictor is None  # no stage ever waits for its prediction
         self._learners = (self._prior,) if predictor is None else (self._prior, predictor)
         self._watcher = watcher or EngineWatcher()
         first = max(int(time.time()) - _EPOCH_S, 1) * _ATTEMPTS_PER_S
@@ -295,25 +296,28 @@ class Daemon:
 
     def _feed(self, event: Event) -> None:
         """Hand an event to the core and act. An event that arises meanwhile waits its turn."""
-        self._events.append(event)
         if self._feeding:
+            self._events.append(event)
             return
         self._feeding = True
         try:
+            self._take(event)
             while self._events:
-                event = self._events.popleft()
-                try:
-                    actions = self._core.handle(event, self._loop.time())
-                except Exception:
-                    self._internal_error("event", event)
-                    continue
-                for action in actions:
-                    try:
-                        self._act(action)
-                    except Exception:
-                        self._internal_error("action", action)
+                self._take(self._events.popleft())
         finally:
             self._feeding = False
+
+    def _take(self, event: Event) -> None:
+        try:
+            actions = self._core.handle(event, self._loop.time())
+        except Exception:
+            self._internal_error("event", event)
+            return
+        for action in actions:
+            try:
+                self._act(action)
+            except Exception:
+                self._internal_error("action", action)
 
     def _internal_error(self, what: str, of: object) -> None:
         """A programming error of ours, inside an `except`: one stage may be hurt, not the rest."""
@@ -347,8 +351,7 @@ class Daemon:
                 if link is not None:
                     self._to_engine(link.identity, Abort(action.attempt_id))
             case Fail():
-                failure = Failure(action.key[1], action.code, action.message, action.retryable)
-                self._answer(action.key, (wire.encode(failure),))
+                self._fail(action)
             case Reject():
                 self._reject(action)
             case Attach():
@@ -486,6 +489,9 @@ class Daemon:
             came_s,
         )
         key = stage.key
+        if self._instant:
+            self._accept(request, self._prior.predicted(stage))
+            return
         first = self._predicting.get(key)
         if first is None:
             if len(self._predicting) >= self._config.max_queued_stages:
@@ -524,14 +530,16 @@ class Daemon:
 
     def _predicted(self, stage: Stage, prediction: Prediction) -> None:
         """The predictor is done; unless the client has cancelled meanwhile, the core takes over."""
-        key = stage.key
-        request = self._predicting.pop(key, None)
-        if request is None:
-            return
+        request = self._predicting.pop(stage.key, None)
+        if request is not None:
+            self._accept(request, prediction)
+
+    def _accept(self, request: _Request, prediction: Prediction) -> None:
+        key = request.stage.key
         if key not in self._requests and key not in self._answers:
             self._requests[key] = request
             request.client.requests.add(key)
-        self._feed(StageSubmitted(stage, prediction))
+        self._feed(StageSubmitted(request.stage, prediction))
 
     def _reject(self, action: Reject) -> None:
         request = self._requests.get(action.key)
@@ -570,6 +578,13 @@ class Daemon:
         request = self._requests.pop(key)
         request.client.requests.discard(key)
         self._deliver(request.client, frames)
+
+    def _fail(self, action: Fail) -> None:
+        request_id = action.key[1]
+        failure = Failure(
+            request_id, action.code, action.message, action.retryable, action.retry_after_s
+        )
+        self._answer(action.key, (wire.encode(failure),))
 
     def _replay(self, key: StageKey) -> None:
         client, frames = self._clients.get(key[0]), self._answers.get(key)
@@ -633,7 +648,11 @@ class Daemon:
                     if self._ends(message.attempt_id, identity):
                         self._feed(
                             AttemptFailed(
-                                message.attempt_id, message.code, message.message, message.retryable
+                                message.attempt_id,
+                                message.code,
+                                message.message,
+                                message.retryable,
+                                message.retry_after_s,
                             )
                         )
                 case Heartbeat():

@@ -325,12 +325,16 @@ class EngineFinished(BackMessage, frozen=True, tag="finished"):
 
 
 class EngineFailed(BackMessage, frozen=True, tag="failed"):
-    """An attempt ended without an answer; ``retryable`` if another engine might do better."""
+    """An attempt ended without an answer; ``retryable`` if another engine might do better.
+
+    ``retry_after_s``: the engine wants no attempts for so long.
+    """
 
     attempt_id: Count
     code: ErrorCode
     message: Annotated[str, Meta(max_length=4096)]
     retryable: bool = False
+    retry_after_s: Seconds | None = None
 
 
 class Deregister(BackMessage, frozen=True, tag="deregister"):
@@ -472,12 +476,13 @@ class AttemptFinished(Struct, frozen=True):
 
 
 class AttemptFailed(Struct, frozen=True):
-    """An engine could not answer."""
+    """An engine could not answer; it wants no attempts for ``retry_after_s``."""
 
     attempt_id: int
     code: ErrorCode
     message: str
     retryable: bool
+    retry_after_s: float | None = None
 
 
 class EngineRegistered(Struct, frozen=True):
@@ -591,6 +596,7 @@ class Fail(Struct, frozen=True, gc=False):
     code: ErrorCode
     message: str
     retryable: bool
+    retry_after_s: float | None = None
 
 
 class Reject(Struct, frozen=True, gc=False):

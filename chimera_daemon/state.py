@@ -78,6 +78,7 @@ class Engine(Struct, eq=False):
     limit: int  # the share, or what runs if that is more: a share may shrink
     others: int = 0  # attempts of other workers
     draining: bool = False
+    rests_until_s: float | None = None  # it wants no new work before
     stats: EngineStats = EngineStats()
     foreign: int = 0  # requests that it reports beyond those of all workers
     running: dict[int, Attempt] = {}

@@ -151,9 +151,12 @@ class Watched:
         """An engine answers."""
         return self.handle(AttemptFinished(attempt_id, Usage(100, tokens), answer_bytes))
 
-    def fail(self, attempt_id: int, retryable: bool = True) -> list[Action]:
-        """An engine fails on an attempt."""
-        return self.handle(AttemptFailed(attempt_id, "engine_error", "broken", retryable))
+    def fail(
+        self, attempt_id: int, retryable: bool = True, retry_after_s: float | None = None
+    ) -> list[Action]:
+        """An engine fails on an attempt, and may want a pause."""
+        event = AttemptFailed(attempt_id, "engine_error", "broken", retryable, retry_after_s)
+        return self.handle(event)
 
     def cancel(self, request_id: str, client_id: bytes = b"client") -> list[Action]:
         """A client gives up."""

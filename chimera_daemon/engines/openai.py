@@ -27,6 +27,7 @@ from chimera_daemon.engines.openai_forms import (
     RemoteError,
     Request,
     Target,
+    pause_of,
     refusal,
     too_large,
     translate,
@@ -240,7 +241,8 @@ class RemoteBackend:
             response = await self._post(attempt)
             try:
                 if response.status != 200:
-                    raise refusal(response.status, await self._read_error(response))
+                    pause_s = pause_of(response.headers.get("Retry-After"), time.time())
+                    raise refusal(response.status, await self._read_error(response), pause_s)
                 if attempt.run.stream:
                     await self._relay(attempt, response, deadline)
                 else:
@@ -349,7 +351,11 @@ class RemoteBackend:
         if error.retryable and attempt.answer.sent:
             code, message = "engine_lost", f"in the middle of its answer: {message}"
         message = self._clean(message)
-        self._events.emit(EngineFailed(attempt.run.attempt_id, code, message, error.retryable))
+        self._events.emit(
+            EngineFailed(
+                attempt.run.attempt_id, code, message, error.retryable, error.retry_after_s
+            )
+        )
 
     def _end(self, attempt: _Attempt) -> bool:
         """False if it has ended before."""

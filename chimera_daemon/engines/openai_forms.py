@@ -4,6 +4,8 @@ Bytes in, bytes out: knows no connection, no clock and no host. What a server se
 little as what a client sends: all of it is decoded, bounded and refused with a reason.
 """
 
+from email.utils import parsedate_to_datetime
+from math import isnan
 from typing import Any, cast
 
 import msgspec
@@ -31,17 +33,23 @@ _SAMPLING_FIELDS = (
 # Ours alone: a hint to Chimera, and an order that the scheduler has given already.
 _NOT_PASSED_ON = ("chimera", "priority")
 _RETRYABLE_STATUS = (408, 425, 429)
+_BUSY_STATUS = (429, 503)  # the server wants a pause
+_PAUSE_S = 1.0  # where it does not say how long
+_LONGEST_PAUSE_S = 3600.0
 _NULL = Raw(b"null")
 
 
 class RemoteError(Exception):
     """An attempt ends without an answer, for this reason."""
 
-    def __init__(self, code: ErrorCode, message: str, retryable: bool) -> None:
+    def __init__(
+        self, code: ErrorCode, message: str, retryable: bool, retry_after_s: float | None = None
+    ) -> None:
         super().__init__(message)
         self.code: ErrorCode = code
         self.message = message
         self.retryable = retryable
+        self.retry_after_s = retry_after_s
 
 
 class Target(Struct, frozen=True):
@@ -347,8 +355,11 @@ class OpenAIAnswer(Answer):
 # Errors.
 
 
-def refusal(status: int, body: bytes) -> RemoteError:
-    """What an answer with this HTTP status, not 200, means for the attempt."""
+def refusal(status: int, body: bytes, pause_s: float = _PAUSE_S) -> RemoteError:
+    """What an answer with this HTTP status, not 200, means for the attempt.
+
+    A server that has too much to do is left alone for ``pause_s``.
+    """
     if status in (401, 403):
         return RemoteError(
             "engine_error",
@@ -363,8 +374,28 @@ def refusal(status: int, body: bytes) -> RemoteError:
         )
     words = _words_of(body) or "no reason given"
     if status in _RETRYABLE_STATUS or status >= 500 or status < 300:
-        return RemoteError("engine_error", f"the remote answered {status}: {words}", True)
+        rest_s = pause_s if status in _BUSY_STATUS else None
+        return RemoteError("engine_error", f"the remote answered {status}: {words}", True, rest_s)
     return RemoteError("bad_request", f"the remote refused it ({status}): {words}", False)
+
+
+def pause_of(retry_after: str | None, now_s: float) -> float:
+    """Seconds that the header ``Retry-After`` asks for: a number, or a date; else a default.
+
+    ``now_s`` by the clock of dates, `time.time`.
+    """
+    if retry_after is None:
+        return _PAUSE_S
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(retry_after).timestamp() - now_s
+        except (ValueError, OverflowError):
+            return _PAUSE_S
+    if isnan(seconds):
+        return _PAUSE_S
+    return min(max(seconds, 0.0), _LONGEST_PAUSE_S)
 
 
 def too_large() -> RemoteError:

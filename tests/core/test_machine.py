@@ -133,9 +133,13 @@ class Machine(RuleBasedStateMachine):
         self.watched.finish(self._attempt(data), tokens, size)
 
     @busy
-    @rule(data=st.data(), retryable=st.booleans())
-    def fail(self, data: st.DataObject, retryable: bool) -> None:
-        self.watched.fail(self._attempt(data), retryable)
+    @rule(
+        data=st.data(),
+        retryable=st.booleans(),
+        pause_s=st.sampled_from([None, None, 0.0, 0.2, 3.0, 1e9]),
+    )
+    def fail(self, data: st.DataObject, retryable: bool, pause_s: float | None) -> None:
+        self.watched.fail(self._attempt(data), retryable, pause_s)
 
     @busy
     @rule(data=st.data())

@@ -435,6 +435,52 @@ def test_a_failed_stage_runs_on_the_same_engine_if_there_is_no_other(scheduler: 
     assert (failed.code, failed.retryable) == ("engine_error", True)
 
 
+def test_an_engine_that_wants_a_pause_has_one(scheduler: Make) -> None:
+    s = scheduler(max_attempts=3)
+    s.join()
+    for _ in range(3):
+        s.submit()
+    assert not dispatched(s.fail(1, retry_after_s=2.0))
+    assert not dispatched(s.finish(2))  # what runs goes on, and its slot stays free
+    assert not dispatched(s.sleep(1.9))
+    assert s.core.snapshot()["engines"][0]["resting"]
+    assert dispatched(s.sleep(0.2)) == [("r1", "e"), ("r3", "e")]
+    assert not s.core.snapshot()["engines"][0]["resting"]
+    assert s.core.snapshot()["counters"]["rests"] == 1
+
+
+def test_during_a_pause_others_serve(scheduler: Make) -> None:
+    s = scheduler()
+    s.join("a", "large")
+    s.join("b", "small")
+    assert dispatched(s.submit(prediction(large=predict(q=0.9), small=predict(q=0.1)))) == [
+        ("r1", "a")
+    ]
+    assert dispatched(s.fail(1, retry_after_s=60.0)) == [("r1", "b")]
+    pinned = s.submit(model="large")
+    assert not dispatched(pinned)
+    assert not dispatched(s.sleep(29.0))
+    assert dispatched(s.sleep(2.0)) == [("r2", "a")]  # nobody rests for longer
+
+
+def test_the_last_failure_says_when_to_come_back(scheduler: Make) -> None:
+    s = scheduler(max_attempts=1)
+    s.join()
+    s.submit()
+    (failed,) = of(s.fail(1, retry_after_s=2.5), Fail)
+    assert (failed.retryable, failed.retry_after_s) == (True, 2.5)
+
+
+def test_an_engine_may_be_lost_while_it_rests(scheduler: Make) -> None:
+    s = scheduler()
+    s.join()
+    s.submit()
+    s.fail(1, retry_after_s=1.0)
+    s.lose("e")
+    assert dispatched(s.join(incarnation=2)) == [("r1", "e")]
+    assert not dispatched(s.sleep(2.0))
+
+
 def test_a_failure_that_cannot_be_mended_is_not_tried_again(scheduler: Make) -> None:
     s = scheduler()
     s.join()

@@ -404,6 +404,26 @@ def test_status(code: int, says: str, expected: tuple[str, bool]) -> None:
     run(test)
 
 
+@pytest.mark.parametrize(
+    ("code", "headers", "wanted"),
+    [
+        (429, {"Retry-After": "7"}, 7.0),
+        (503, {"Retry-After": "0.5"}, 0.5),
+        (429, {}, 1.0),
+        (500, {"Retry-After": "7"}, None),
+        (400, {"Retry-After": "7"}, None),
+    ],
+)
+def test_a_server_that_has_too_much_to_do_is_left_alone(
+    code: int, headers: dict[str, str], wanted: float | None
+) -> None:
+    async def test(remote: Remote) -> None:
+        failed = await remote.failed(status(code, **headers))
+        assert failed.retry_after_s == wanted
+
+    run(test)
+
+
 def test_what_a_server_quotes_is_cut_and_cleaned(tmp_path: Path) -> None:
     async def test(remote: Remote) -> None:
         message = f"I was sent {KEY} and a-long-header and short"

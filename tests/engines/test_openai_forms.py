@@ -13,6 +13,7 @@ from chimera_daemon.engines.openai_forms import (
     RemoteError,
     Target,
     TextAnswer,
+    pause_of,
     refusal,
     translate,
 )
@@ -290,3 +291,25 @@ def test_an_error_inside_an_answer(error: object, code: str, retryable: bool) ->
 )
 def test_the_words_of_a_refusal(body: bytes, words: str) -> None:
     assert refusal(400, body).message == f"the remote refused it (400): {words}"
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("3", 3.0),
+        (" 2.5 ", 2.5),
+        ("0", 0.0),
+        ("-4", 0.0),
+        ("1e99", 3600.0),
+        ("inf", 3600.0),
+        ("nan", 1.0),
+        ("soon", 1.0),
+        ("", 1.0),
+        (None, 1.0),
+        ("Thu, 01 Jan 1970 00:01:40 GMT", 40.0),
+        ("Thu, 01 Jan 1970 00:00:10 GMT", 0.0),
+        ("Thu, 01 Jan 99999999999 00:00:10 GMT", 1.0),
+    ],
+)
+def test_how_long_a_server_wants_to_be_left_alone(header: str | None, seconds: float) -> None:
+    assert pause_of(header, now_s=60.0) == seconds
