@@ -185,7 +185,6 @@ class Daemon:
         # Stands in where the predictor fails, so it learns alongside.
         self._prior = prior or PriorPredictor(config)
         self._predictor: Predictor = predictor or self._prior
-        self._instant = predictor is None  # no stage ever waits for its prediction
         self._learners = (self._prior,) if predictor is None else (self._prior, predictor)
         self._watcher = watcher or EngineWatcher()
         first = max(int(time.time()) - _EPOCH_S, 1) * _ATTEMPTS_PER_S
@@ -296,28 +295,25 @@ class Daemon:
 
     def _feed(self, event: Event) -> None:
         """Hand an event to the core and act. An event that arises meanwhile waits its turn."""
+        self._events.append(event)
         if self._feeding:
-            self._events.append(event)
             return
         self._feeding = True
         try:
-            self._take(event)
             while self._events:
-                self._take(self._events.popleft())
+                event = self._events.popleft()
+                try:
+                    actions = self._core.handle(event, self._loop.time())
+                except Exception:
+                    self._internal_error("event", event)
+                    continue
+                for action in actions:
+                    try:
+                        self._act(action)
+                    except Exception:
+                        self._internal_error("action", action)
         finally:
             self._feeding = False
-
-    def _take(self, event: Event) -> None:
-        try:
-            actions = self._core.handle(event, self._loop.time())
-        except Exception:
-            self._internal_error("event", event)
-            return
-        for action in actions:
-            try:
-                self._act(action)
-            except Exception:
-                self._internal_error("action", action)
 
     def _internal_error(self, what: str, of: object) -> None:
         """A programming error of ours, inside an `except`: one stage may be hurt, not the rest."""
@@ -436,6 +432,7 @@ class Daemon:
             self._refuse(client, "", "version", message)
             return
         config = self._config
+        self._front.batches(ping.batches, client.identity)
         pong = Pong(
             self.daemon_id,
             config.heartbeat_s,
@@ -443,6 +440,7 @@ class Daemon:
             worker=self._worker,
             workers=config.workers,
             board=self._sharing.path,
+            batches=True,
         )
         self._to_client(client, pong)
 
@@ -489,9 +487,6 @@ class Daemon:
             came_s,
         )
         key = stage.key
-        if self._instant:
-            self._accept(request, self._prior.predicted(stage))
-            return
         first = self._predicting.get(key)
         if first is None:
             if len(self._predicting) >= self._config.max_queued_stages:
@@ -530,16 +525,14 @@ class Daemon:
 
     def _predicted(self, stage: Stage, prediction: Prediction) -> None:
         """The predictor is done; unless the client has cancelled meanwhile, the core takes over."""
-        request = self._predicting.pop(stage.key, None)
-        if request is not None:
-            self._accept(request, prediction)
-
-    def _accept(self, request: _Request, prediction: Prediction) -> None:
-        key = request.stage.key
+        key = stage.key
+        request = self._predicting.pop(key, None)
+        if request is None:
+            return
         if key not in self._requests and key not in self._answers:
             self._requests[key] = request
             request.client.requests.add(key)
-        self._feed(StageSubmitted(request.stage, prediction))
+        self._feed(StageSubmitted(stage, prediction))
 
     def _reject(self, action: Reject) -> None:
         request = self._requests.get(action.key)
@@ -779,6 +772,7 @@ class Daemon:
                 self._loop.time(),
             )
             self._links[identity] = self._engines[engine_id] = link
+            self._back.batches(message.batches, identity)
             if is_host(message.pid):
                 reason = f"its process {message.pid} has ended"
                 link.watch = watch(self._loop, message.pid, partial(self._unlink, link, reason))
@@ -824,6 +818,7 @@ class Daemon:
             worker=self._worker,
             workers=config.workers,
             board=self._sharing.path,
+            batches=True,
         )
         self._to_engine(identity, beat)
 
@@ -831,6 +826,7 @@ class Daemon:
         """An engine is gone: its attempts go elsewhere."""
         if self._links.pop(link.identity, None) is None:
             return
+        self._back.batches(False, link.identity)
         if link.watch is not None:
             link.watch.cancel()
         del self._engines[link.engine_id]
@@ -864,6 +860,7 @@ class Daemon:
             if now - client.seen_s > config.client_timeout_s:
                 self._abandon(client, "cancelled", "the client has gone silent")
                 del self._clients[client.identity]
+                self._front.batches(False, client.identity)
             else:
                 self._flush(client)
 

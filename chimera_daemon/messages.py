@@ -158,6 +158,7 @@ class Ping(FrontMessage, frozen=True, tag="ping"):
     """Heartbeat, and the first message of a connection; answered by `Pong`."""
 
     v: int  # required, so that it is always sent
+    batches: bool = False  # the sender can read them
 
 
 class Submit(FrontMessage, frozen=True, tag="submit"):
@@ -225,6 +226,7 @@ class Pong(Struct, frozen=True, tag="pong"):
     worker: int = 0
     workers: int = 1
     board: str = ""  # path of the congestion board, for processes of the same machine
+    batches: bool = False  # as in `Ping`
 
 
 class Chunk(Struct, frozen=True, tag="chunk"):
@@ -297,6 +299,7 @@ class Register(BackMessage, frozen=True, tag="register"):
     profile: Profile
     v: int
     pid: Count = 0
+    batches: bool = False  # as in `Ping`
 
 
 class Heartbeat(BackMessage, frozen=True, tag="heartbeat"):
@@ -377,6 +380,7 @@ class DaemonBeat(Struct, frozen=True, tag="beat"):
     worker: int = 0
     workers: int = 1
     board: str = ""  # as in `Pong`
+    batches: bool = False  # as in `Ping`
 
 
 class Shutdown(Struct, frozen=True, tag="shutdown"):

@@ -174,12 +174,8 @@ class PriorPredictor:
 
     def predict(self, stage: Stage, payload: bytes, deliver: Deliver) -> None:
         """See `Predictor`. The payload is not looked at."""
-        deliver(stage, self.predicted(stage))
-
-    def predicted(self, stage: Stage) -> Prediction:
-        """What `predict` delivers."""
         prediction = self.prediction(stage)
-        return prediction if stage.hints is None else hinted(prediction, stage.hints)
+        deliver(stage, prediction if stage.hints is None else hinted(prediction, stage.hints))
 
     def prediction(self, stage: Stage) -> Prediction:
         """As `predict` delivers it, before the client's hints; has every model that is known."""

@@ -2,12 +2,18 @@
 
 A message is one header frame (msgpack map, tagged by ``type``) and for some types one payload
 frame, which is passed on as it is. Encoders and typed decoders are made once.
+
+Small messages that leave together for one peer may go as a batch, one message of ZeroMQ: instead of
+the header `BATCH`, then a msgpack array of messages, each an array of its one or two frames.
 """
 
 import re
 import zlib
+from collections.abc import Sequence
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from chimera_daemon.messages import FromEngine, ToClient, ToEngine, ToFront
 
@@ -19,6 +25,11 @@ decode_engine = msgspec.msgpack.Decoder(ToEngine).decode
 
 MAX_WORKERS = 64  # of a daemon
 
+BATCH = b"\xc0"  # nil, which is no header
+MAX_BATCH = 64  # messages in one
+_Frames = Annotated[list[bytes], Meta(min_length=1, max_length=2)]
+_decode_batch = msgspec.msgpack.Decoder(Annotated[list[_Frames], Meta(max_length=MAX_BATCH)]).decode
+
 # Headers are small by construction; a longer one is refused before it is decoded.
 MAX_HEADER_BYTES = 64 << 10
 
@@ -27,6 +38,19 @@ _ADDRESS = re.compile(r"^(tcp://[^:/\s]+:\d{1,5}|tcp://\[[0-9a-fA-F:]+\]:\d{1,5}
 
 class WireError(ValueError):
     """A peer sent something that is not a message of this protocol."""
+
+
+def pack(messages: Sequence[Sequence[bytes]]) -> tuple[bytes, bytes]:
+    """The frames of a batch; at most `MAX_BATCH` messages."""
+    return BATCH, encode(messages)
+
+
+def unpack(payload: bytes) -> list[list[bytes]] | None:
+    """The messages of a batch, from its second frame; None if it is none."""
+    try:
+        return _decode_batch(payload)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
 
 
 def check_address(address: str) -> str:

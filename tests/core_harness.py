@@ -67,6 +67,9 @@ def prediction(
     return Prediction(models, other or predict(), source)  # pyright: ignore[reportArgumentType]
 
 
+LONGEST_REST_S = 30.0
+
+
 class EngineSeen(Struct):
     """What the outside knows of an engine."""
 
@@ -74,6 +77,7 @@ class EngineSeen(Struct):
     model: str
     slots: int
     draining: bool = False
+    rests_until_s: float | None = None  # it wants a pause; over with the first `Woke` after that
     running: set[int] = field(default_factory=set[int])
 
 
@@ -215,6 +219,8 @@ class Watched:
             case AttemptFinished() | AttemptFailed():
                 if event.attempt_id not in self.attempts:
                     return True
+                if isinstance(event, AttemptFailed) and event.retry_after_s:
+                    self._rest(self.attempts[event.attempt_id][0], event.retry_after_s)
                 self._gone(event.attempt_id)
             case AttemptStreamed():
                 if event.attempt_id in self.attempts:
@@ -250,7 +256,15 @@ class Watched:
             case StageSubmitted() | WorkflowClosed() | Woke():
                 if isinstance(event, Woke):
                     self.wake_at = None
+                    for engine in self.engines.values():
+                        if engine.rests_until_s is not None and engine.rests_until_s <= self.now:
+                            engine.rests_until_s = None
         return False
+
+    def _rest(self, engine_id: str, seconds: float) -> None:
+        engine, until_s = self.engines[engine_id], self.now + min(seconds, LONGEST_REST_S)
+        if not engine.draining and until_s > (engine.rests_until_s or 0.0):
+            engine.rests_until_s = until_s
 
     def _gone(self, attempt_id: int) -> None:
         engine_id, key = self.attempts.pop(attempt_id)
@@ -311,6 +325,7 @@ class Watched:
     def _check_dispatch(self, action: Dispatch) -> None:
         engine, seen = self.engines[action.engine_id], self.open[action.key]
         assert not engine.draining
+        assert engine.rests_until_s is None
         assert len(engine.running) < engine.slots, "over-committed"
         assert seen.stage.model in (None, engine.model)
         assert seen.attempt_id is None, "two attempts of a stage at once"
@@ -336,7 +351,8 @@ class Watched:
     def _check_work_conserved(self) -> None:
         """No stage waits for a model that has a free slot, of shared engines none at all."""
         serving = [e for e in self.engines.values() if not e.draining]
-        free = {e.model for e in serving if len(e.running) < (1 if self.shared else e.slots)}
+        awake = [e for e in serving if e.rests_until_s is None]
+        free = {e.model for e in awake if len(e.running) < (1 if self.shared else e.slots)}
         full = {e.model for e in serving} - free
         for seen in self.open.values():
             if seen.attempt_id is not None:

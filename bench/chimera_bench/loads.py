@@ -348,7 +348,8 @@ class ZmqLoad:
         socket = make_socket(self._context, zmq.DEALER, hwm=_HWM, identity=identity)
         socket.connect(address)
         channel = Channel(socket, self._on_frames)
-        channel.send((wire.encode(Ping(PROTOCOL_VERSION)),))
+        channel.send((wire.encode(Ping(PROTOCOL_VERSION, batches=True)),))
+        channel.batches(True)
         return channel
 
     def _ask(self, asker: _Asker) -> None:
@@ -375,7 +376,7 @@ class ZmqLoad:
         self._asked[request_id] = asker
         asker.chunks = []
         asker.started_s = time.perf_counter()
-        self._channels[asker.worker].send((wire.encode(submit), self._payload))
+        self._channels[asker.worker].post((wire.encode(submit), self._payload))
 
     def _on_frames(self, frames: list[bytes]) -> None:
         match wire.decode_client(frames[0]):

@@ -197,9 +197,11 @@ class _Front:
 
     def _on_frames(self, frames: list[bytes]) -> None:
         identity, message = frames[0], wire.decode_front(frames[1])
-        send = self._channel.send
+        send = self._channel.post
         if isinstance(message, Ping):
-            send((identity, wire.encode(Pong(MODEL, _HEARTBEAT_S, _MAX_PAYLOAD_BYTES))))
+            self._channel.batches(message.batches, identity)
+            pong = Pong(MODEL, _HEARTBEAT_S, _MAX_PAYLOAD_BYTES, batches=True)
+            send((identity, wire.encode(pong)))
         elif isinstance(message, Submit):
             answer = self._plain
             if self._stamps:

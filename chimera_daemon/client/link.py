@@ -19,7 +19,7 @@ from chimera_daemon.wire import check_address, decode_client, encode, request_id
 
 _log = logging.getLogger("chimera.client")
 
-_PING = (encode(Ping(v=PROTOCOL_VERSION)),)
+_PING = (encode(Ping(v=PROTOCOL_VERSION, batches=True)),)
 # Until the first pong names the daemon's own; later ones are kept within these bounds.
 _FIRST_BEAT_S = 0.5
 _MIN_BEAT_S = 0.02
@@ -125,6 +125,7 @@ class Link:
         if not self._owner.accept(pong):
             self.up = False
             return
+        self._channel.batches(pong.batches)
         self._set_beat(pong.heartbeat_s)
         new_daemon = pong.daemon_id != self._daemon_id
         if self.up and not new_daemon:

@@ -230,6 +230,7 @@ class Host:
             profile=info.profile,
             v=PROTOCOL_VERSION,
             pid=os.getpid(),
+            batches=True,
         )
 
     def heartbeat(self, uplink: Uplink) -> Heartbeat:

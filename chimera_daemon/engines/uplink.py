@@ -299,6 +299,7 @@ class Uplink:
         if not self._owner.on_beat(self, beat):
             return
         self.heard_at = self._loop.time()
+        self._channel.batches(beat.batches)
         self._set_beat(beat.heartbeat_s)
         restarted = self._daemon_id not in ("", beat.daemon_id)
         was_known, was_met = self._known, self._met

@@ -437,7 +437,7 @@ def test_a_failed_stage_runs_on_the_same_engine_if_there_is_no_other(scheduler: 
 
 def test_an_engine_that_wants_a_pause_has_one(scheduler: Make) -> None:
     s = scheduler(max_attempts=3)
-    s.join()
+    s.join(slots=2)
     for _ in range(3):
         s.submit()
     assert not dispatched(s.fail(1, retry_after_s=2.0))
@@ -453,9 +453,9 @@ def test_during_a_pause_others_serve(scheduler: Make) -> None:
     s = scheduler()
     s.join("a", "large")
     s.join("b", "small")
-    assert dispatched(s.submit(prediction(large=predict(q=0.9), small=predict(q=0.1)))) == [
-        ("r1", "a")
-    ]
+    assert dispatched(
+        s.submit(prediction(large=predict(confidence=0.9), small=predict(confidence=0.1)))
+    ) == [("r1", "a")]
     assert dispatched(s.fail(1, retry_after_s=60.0)) == [("r1", "b")]
     pinned = s.submit(model="large")
     assert not dispatched(pinned)

@@ -30,7 +30,7 @@ from chimera_daemon.messages import (
     Submit,
     Usage,
 )
-from chimera_daemon.wire import MAX_HEADER_BYTES, encode
+from chimera_daemon.wire import BATCH, MAX_HEADER_BYTES, encode, pack
 from tests.daemon.harness import REGISTER, World, body, run, until
 
 PING = encode(Ping(v=PROTOCOL_VERSION))
@@ -49,6 +49,10 @@ GARBAGE = [
     pytest.param((b"GET / HTTP/1.1\r\n\r\n",), id="http"),
     pytest.param(tuple(b"12345"[i : i + 1] for i in range(5)), id="five frames"),
     pytest.param((b"x", *[b""] * 1000), id="many frames"),
+    pytest.param((BATCH,), id="batch without messages"),
+    pytest.param((BATCH, b"\x91\x90"), id="batch of nothing"),
+    pytest.param((BATCH, b"\xdd\xff\xff\xff\xff"), id="batch of too much"),
+    pytest.param(pack([(BATCH, *pack([(PING,)]))]), id="batch in a batch"),
 ]
 
 
