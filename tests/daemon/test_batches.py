@@ -36,7 +36,8 @@ class Bare:
         self.batches = 0
 
     def say(self, *messages: Sequence[bytes]) -> None:
-        self.socket.send_multipart(pack(messages) if len(messages) > 1 else messages[0])
+        single = [frame for message in messages for frame in message]
+        self.socket.send_multipart(pack(messages) if len(messages) > 1 else single)
 
     async def hear(self, enough: int) -> list[list[bytes]]:
         """So many messages at least."""
