@@ -5,29 +5,43 @@ import importlib.util
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from chimera_bench import demo
 from chimera_bench.testbed import tasks, workflows
+from chimera_daemon.config import EngineConfig
 
 MODELS = Path(tasks.__file__).parent / "models"
 ENGINES = ("s", "l")
+fair = demo.fair
+
+
+def fair_and_eager(
+    engines: tuple[EngineConfig, ...], cores: tuple[int, ...]
+) -> tuple[EngineConfig, ...]:
+    """Not compiled, which takes vLLM a minute for `l` at every start; see `test_calibration`."""
+    args = {"enforce_eager": True}
+    return tuple(msgspec.structs.replace(e, args=e.args | args) for e in fair(engines, cores))
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.timeout(600)  # compiling a model for the first time takes a minute or two
-def test_real_engines_answer_real_workflows(tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_real_engines_answer_real_workflows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm is not installed")
     for name in ENGINES:
         if not (MODELS / f"testbed-{name}" / "model.safetensors").is_file():
             pytest.skip(f"no weights in {MODELS / f'testbed-{name}'}")
+    monkeypatch.setattr(demo, "fair", fair_and_eager)
     out = tmp_path / "out"
     parser = argparse.ArgumentParser()
     demo.add_arguments(parser)
     options = ["--out", str(out), "--engines", ",".join(ENGINES), "--workflows", "12"]
-    options += ["--seeds", "1", "--rate", "6", "--policies", "chimera,static:testbed-l"]
+    options += ["--quick", "--rate", "6", "--policies", "chimera,static:testbed-l"]
     assert demo.run(parser.parse_args(options)) == 0
 
     rows = [json.loads(line) for line in (out / "workflows.jsonl").read_text().splitlines()]

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -60,9 +60,10 @@ class Process:
 Test = Callable[[FakeDaemon, Process], Awaitable[None]]
 
 
-def with_process(folder: Path, engine: str, test: Test, limit_s: float = 60.0) -> None:
+def with_process(process: Process, test: Test, limit_s: float = 60.0) -> None:
+    """Run a test with a process, which then ends in any case."""
+
     async def run() -> None:
-        process = Process(folder, engine)
         daemon = FakeDaemon(process.address)
         daemon.start()
         try:
@@ -91,7 +92,7 @@ def test_sigterm_drains(tmp_path: Path) -> None:
         await attempt.finished()
         assert await process.ended() == EXIT_OK
 
-    with_process(tmp_path, ECHO, test)
+    with_process(Process(tmp_path, ECHO), test)
 
 
 def test_second_signal_does_not_wait(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_second_signal_does_not_wait(tmp_path: Path) -> None:
         assert await process.ended() == EXIT_OK
 
     slow = ECHO.replace("0.001", "0.2")
-    with_process(tmp_path, slow, test)
+    with_process(Process(tmp_path, slow), test)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_cannot_start(tmp_path: Path, engine: str, says: str) -> None:
         assert says in log
         assert "Traceback" not in log
 
-    with_process(tmp_path, engine, test)
+    with_process(Process(tmp_path, engine), test)
 
 
 def _alive(pid: int) -> bool:
@@ -137,6 +138,21 @@ def _alive(pid: int) -> bool:
 def _vllm(model: Path) -> str:
     args = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20}
     return json.dumps({"name": "v", "model": "m", "path": str(model), "args": args})
+
+
+@pytest.fixture(scope="module")
+def vllm_hosts(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[Process]]:
+    """One to kill for each test that does. On two cores they start in the time of one."""
+    hosts: list[Process] = []
+    try:
+        for _ in range(2):
+            hosts.append(Process(tmp_path_factory.mktemp("host"), _vllm(tiny_model)))
+        yield hosts
+    finally:
+        for host in hosts:  # that no test took
+            host.kill()
 
 
 async def _at_work(daemon: FakeDaemon, process: Process) -> tuple[Attempt, list[int]]:
@@ -157,7 +173,7 @@ async def _at_work(daemon: FakeDaemon, process: Process) -> tuple[Attempt, list[
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_killed_host_takes_vllm_with_it(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    vllm_hosts: list[Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the host is killed; vLLM's engine core would otherwise stay for ever."""
     monkeypatch.setattr("tests.engines.fake_daemon.WAIT_S", 200.0)
@@ -168,14 +184,14 @@ def test_killed_host_takes_vllm_with_it(
         process.popen.wait()
         await until(lambda: not any(_alive(pid) for pid in cores), "the end of vLLM")
 
-    with_process(tmp_path, _vllm(tiny_model), test, 250.0)
+    with_process(vllm_hosts.pop(), test, 250.0)
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_killed_vllm_ends_the_host(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    vllm_hosts: list[Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The attempt fails at once, so that it can run elsewhere, and the supervisor sees the end."""
     monkeypatch.setattr("tests.engines.fake_daemon.WAIT_S", 200.0)
@@ -189,4 +205,4 @@ def test_killed_vllm_ends_the_host(
         assert failed.retryable
         assert await process.ended() == EXIT_ENGINE_DIED
 
-    with_process(tmp_path, _vllm(tiny_model), test, 250.0)
+    with_process(vllm_hosts.pop(), test, 250.0)
