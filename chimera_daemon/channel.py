@@ -24,7 +24,7 @@ _TOGETHER = 16
 # Bounds of a batch, so that it fits wherever a single message does. Copying is cheap up to there.
 _BATCH_BYTES = 48 << 10
 _SMALL_BYTES = 16 << 10  # larger messages go by themselves
-# Messages taken in one go before other callbacks of the loop get their turn.
+# Messages taken in one go, or a batch more, before other callbacks of the loop get their turn.
 _BATCH = 256
 _SAFETY_S = 0.25
 _NOBLOCK = int(zmq.NOBLOCK)
@@ -55,9 +55,7 @@ class Together:
         """Send what was posted."""
         self._handled = 0
         while self.posted:
-            channels, self.posted = self.posted, []
-            for channel in channels:
-                channel.flush()
+            self.posted.pop().flush()
 
     def handled(self, part: int = _TOGETHER) -> None:
         """Another message was read and handled; after so many it is time to flush."""
@@ -252,7 +250,8 @@ class Channel:
     def _read(self) -> bool:
         """Take what is there; True if there may be more."""
         receive, batch_frames = self._receive, 2 if self._to_one else 3
-        for taken in range(_BATCH):
+        taken = 0
+        while taken < _BATCH:
             if self._closed:
                 return False
             # `Again` costs three times as much as asking, which pays where messages come alone.
@@ -268,29 +267,31 @@ class Channel:
                 frame = receive(_NOBLOCK, False)
                 frames.append(frame.bytes)
             if len(frames) == batch_frames and frames[-2] == BATCH:
-                self._on_batch(frames)
+                taken += self._on_batch(frames)
             else:
+                taken += 1
                 self._on_frames(frames)
                 self._together.handled()
         self._alone = False
         return True
 
-    def _on_batch(self, frames: list[bytes]) -> None:
-        """Pass its messages on; one that is broken goes as it is."""
+    def _on_batch(self, frames: list[bytes]) -> int:
+        """Pass its messages on; one that is broken goes as it is. Returns how many there were."""
         messages = unpack(frames[-1])
         if messages is None:
             self._on_frames(frames)
-            return
+            return 1
         part = max(_TOGETHER, len(messages) // 2)
         for parts in messages:
             if self._closed:
                 break
             try:
                 self._on_frames(parts if self._to_one else [frames[0], *parts])
+                self._together.handled(part)
             except Exception as error:  # those behind it shall be heard all the same
                 context = {"message": "a message's handler failed", "exception": error}
                 self._loop.call_exception_handler(context)
-            self._together.handled(part)
+        return max(1, len(messages))
 
 
 def watch_connection(socket: "zmq.Socket[bytes]", on_event: Callable[[int], None]) -> Channel:

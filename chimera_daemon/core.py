@@ -338,6 +338,9 @@ class Scheduler:
         if needed > self._smallest_context:
             # Prompt sizes may be estimates: if none seems large enough, an engine shall say so.
             fitting = [v for v in self._placeable if needed <= v.context_tokens]
+            if not fitting:  # better to wait for one that rests than to be refused
+                serving = [m.view for m in self._models.values() if m.engines]
+                fitting = [v for v in serving if needed <= v.context_tokens]
             choice = self._ask_policy(live, fitting) if fitting else None
             if choice is not None and choice.model:
                 return choice
@@ -452,7 +455,11 @@ class Scheduler:
                 or engine.engine_id == live.avoid
             ):
                 engine = self._free_engine(model, live)
-            if engine.engine_id == live.avoid and view.waiting > 1 and view.engines > 1:
+            if (
+                engine.engine_id == live.avoid
+                and view.waiting > 1
+                and any(e is not engine and e.rests_until_s is None for e in model.engines.values())
+            ):
                 # It failed there: let the next one have this slot, and wait for another engine.
                 avoiding, live = live, queue.pop()
                 queue.push(avoiding)
@@ -524,11 +531,11 @@ class Scheduler:
             return
         self._release(attempt)
         attempt.live.avoid = attempt.engine.engine_id
+        pause_s = None
         if event.retry_after_s:
-            self._rest(attempt.engine, event.retry_after_s)
-        self._retry_or_fail(
-            attempt, event.code, event.message, event.retryable, event.retry_after_s
-        )
+            pause_s = min(event.retry_after_s, _LONGEST_REST_S)
+            self._rest(attempt.engine, pause_s)
+        self._retry_or_fail(attempt, event.code, event.message, event.retryable, pause_s)
         self._fill(attempt.engine.model, attempt.engine)
 
     def _retry_or_fail(
@@ -545,7 +552,7 @@ class Scheduler:
         if not retryable or visible or live.attempts >= self._config.max_attempts:
             if retryable and live.attempts >= self._config.max_attempts:
                 message = f"{message} (attempt {live.attempts}, the last)"
-            self._fail(live, code, message, retryable, retry_after_s)
+            self._fail(live, code, message, retryable, retry_after_s if retryable else None)
             return
         self.counters["requeued"] += 1
         self._waiting += 1
@@ -724,7 +731,7 @@ class Scheduler:
 
     def _rest(self, engine: Engine, seconds: float) -> None:
         """No new work for so long. Other models come first, if there are any that do not rest."""
-        until_s = self._now + min(seconds, _LONGEST_REST_S)
+        until_s = self._now + seconds
         if engine.draining or (engine.rests_until_s or 0.0) >= until_s:
             return
         self.counters["rests"] += engine.rests_until_s is None
@@ -733,6 +740,17 @@ class Scheduler:
         self._share(engine, 0)
         self._recompute(engine.model)
         self._arm(until_s)
+        if all(view is not engine.model.view for view in self._placeable):
+            self._place_queue_again(engine.model)
+
+    def _place_queue_again(self, model: Model) -> None:
+        """The model has no engine now. What is pinned to it waits for one that rests."""
+        for live in sorted(model.queue.items(), key=lambda s: s.arrival):
+            if live.stage.model is None or not model.engines:
+                model.queue.remove(live)
+                self._dequeued(live, model)
+                self._unclaim(live, model.view)
+                self._place(live)
 
     def _rested(self, engine: Engine) -> None:
         """It takes work again."""
@@ -822,7 +840,9 @@ class Scheduler:
             view.peers_waiting, view.peers_waiting_tokens = peers.waiting, peers.waiting_tokens
             slots = foreign = capacity = 0
             for engine in model.engines.values():
-                capacity += engine.max_inflight
+                others = event.engines.get(engine.engine_id, 0)
+                rests = engine.rests_until_s is not None
+                capacity += len(engine.running) + others if rests else engine.max_inflight
             ours, theirs = view.waiting + view.running, peers.waiting + peers.running
             part = ours / (ours + theirs) if ours + theirs > capacity else 1.0
             for engine in model.engines.values():
@@ -857,11 +877,7 @@ class Scheduler:
         self._resting.pop(engine.engine_id, None)
         self._recompute(model)
         if not model.engines:
-            for live in sorted(model.queue.items(), key=lambda s: s.arrival):
-                model.queue.remove(live)
-                self._dequeued(live, model)
-                self._unclaim(live, model.view)
-                self._place(live)
+            self._place_queue_again(model)
 
     # Time passes.
 

@@ -367,6 +367,8 @@ class Watched:
     def finish_all(self) -> None:
         """Engines come for everything that waits, answer everything; then nothing may be left."""
         self.peers()
+        if any(engine.rests_until_s is not None for engine in self.engines.values()):
+            self.sleep(LONGEST_REST_S)
         wanted = {s.stage.model for s in self.open.values()} - {None}
         wanted.add(self.config.policy.removeprefix("static:"))
         for number, model in enumerate(sorted(map(str, wanted))):

@@ -308,3 +308,24 @@ def test_answers_to_a_large_batch_leave_in_parts(tmp_path: Path) -> None:
             channel.close()
 
     run(test)
+
+
+def test_others_get_their_turn_between_many_batches() -> None:
+    async def test() -> None:
+        handled, at_turn, loop = 0, list[int](), asyncio.get_running_loop()
+
+        def on_frames(frames: list[bytes]) -> None:
+            nonlocal handled
+            if not handled:
+                loop.call_soon(lambda: at_turn.append(handled))
+            handled += 1
+
+        with sockets(zmq.DEALER, zmq.DEALER) as (one, other):
+            for _ in range(40):
+                other.send_multipart(pack([(b"x",)] * MAX_BATCH))
+            channel = Channel(one, on_frames)
+            await until(lambda: handled == 40 * MAX_BATCH)
+            assert at_turn[0] < 10 * MAX_BATCH
+            channel.close()
+
+    run(test)

@@ -244,7 +244,14 @@ def test_a_signal_ends_everything(echo_toml: Path, tmp_path: Path, number: signa
     with log.open("wb") as output:
         # The test's own path: the demo may not be installed here.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            # A shell starts what is in its background with SIGINT ignored, tests included.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
     try:
         wait_for(lambda: (out / "logs" / "daemon-chimera.log").exists(), process, log)
         sockets = sockets_of(out)

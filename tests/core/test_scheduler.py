@@ -471,6 +471,58 @@ def test_the_last_failure_says_when_to_come_back(scheduler: Make) -> None:
     assert (failed.retryable, failed.retry_after_s) == (True, 2.5)
 
 
+def test_a_long_prompt_waits_for_an_engine_that_rests(scheduler: Make) -> None:
+    s = scheduler()
+    s.join("a", "small", context_tokens=1000)
+    s.join("b", "large", context_tokens=100_000)
+    long: dict[str, Any] = {"prompt_tokens": 50_000, "max_tokens": 100}
+    assert dispatched(s.submit(**long)) == [("r1", "b")]
+    assert not dispatched(s.fail(1, retry_after_s=2.0))
+    assert not dispatched(s.submit(**long))
+    assert dispatched(s.submit(prompt_tokens=10, max_tokens=10)) == [("r3", "a")]
+    assert dispatched(s.sleep(3.0)) == [("r1", "b")]
+
+
+def test_what_waits_for_an_engine_that_rests_goes_elsewhere_unless_it_is_pinned(
+    scheduler: Make,
+) -> None:
+    s = scheduler()
+    s.join("a", "large")
+    s.join("b", "small", slots=4)
+    better = prediction(large=predict(confidence=0.9), small=predict(confidence=0.1))
+    s.submit(better)
+    s.submit(better)
+    s.submit(better, model="large")
+    assert dispatched(s.fail(1, retry_after_s=20.0)) == [("r2", "b"), ("r1", "b")]
+    assert dispatched(s.sleep(21.0)) == [("r3", "a")]
+
+
+def test_a_stage_does_not_avoid_the_only_engine_that_is_awake(scheduler: Make) -> None:
+    s = scheduler()
+    s.join("a")
+    s.join("b")
+    for _ in range(5):
+        s.submit()
+    s.fail(2, retry_after_s=30.0)  # r2 at b
+    ran = [*dispatched(s.fail(1))]
+    for attempt_id in range(3, 7):
+        ran += dispatched(s.finish(attempt_id))
+    assert {engine for _, engine in ran} == {"a"}
+    assert [request for request, _ in ran][:2] in (["r1", "r2"], ["r2", "r1"])
+
+
+def test_the_advice_is_no_longer_than_the_pause(scheduler: Make) -> None:
+    s = scheduler(max_attempts=1)
+    s.join()
+    s.submit()
+    (failed,) = of(s.fail(1, retry_after_s=3600.0), Fail)
+    assert failed.retry_after_s == 30.0
+    s.sleep(31.0)
+    s.submit()
+    (failed,) = of(s.fail(2, retryable=False, retry_after_s=5.0), Fail)
+    assert failed.retry_after_s is None
+
+
 def test_an_engine_may_be_lost_while_it_rests(scheduler: Make) -> None:
     s = scheduler()
     s.join()
