@@ -72,8 +72,8 @@ class Channel:
 
     Messages leave at once with `send`, or with `post` when what came in together has been read:
     ZeroMQ's thread is woken once for all of them then, and what goes to one peer goes as a batch if
-    that can read it: together that saves half of the processor time of a busy daemon. Messages to
-    one peer keep their order only if all of them are posted.
+    that can read it: that saves a good part of the processor time of a busy daemon. Messages to one
+    peer keep their order only if all of them are posted.
     """
 
     def __init__(

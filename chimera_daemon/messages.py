@@ -594,7 +594,7 @@ class Reply(Struct, frozen=True, gc=False):
 
 
 class Fail(Struct, frozen=True, gc=False):
-    """Answer the request with an error; it was accepted before."""
+    """Answer the request with an error and maybe advice; it was accepted before."""
 
     key: StageKey
     code: ErrorCode

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -281,7 +280,7 @@ def test_nothing_is_handled_after_a_handler_has_closed_the_channel() -> None:
     run(test)
 
 
-def test_answers_to_a_large_batch_leave_in_parts(tmp_path: Path) -> None:
+def test_answers_to_a_large_batch_leave_in_parts() -> None:
     """Who comes next need not wait until all of it is handled."""
 
     async def test() -> None:
